@@ -1,0 +1,39 @@
+"""The exception tree: one root class, one class per kind of refusal."""
+
+from __future__ import annotations
+
+
+class AutofrError(Exception):
+    """Root of every error that autofr raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(AutofrError, ValueError):
+    """The request cannot be met as written; the message says what to change."""
+
+    exit_code = 2
+
+
+class BudgetError(UserError):
+    """A budget that cannot be read or cannot be met."""
+
+
+class ModelError(UserError):
+    """A model that cannot be found, loaded or searched."""
+
+
+class PolicyError(UserError):
+    """A policy file that is not valid, or not valid for this pipe."""
+
+
+class SpaceError(UserError):
+    """A search-space file that is not valid."""
+
+
+class RunFolderError(UserError):
+    """A results folder that cannot be written, is in use, or holds another run."""
+
+
+class MeasurementError(AutofrError):
+    """A measurement gave no usable number (NaN from the model, latency that does not settle)."""

@@ -1,0 +1,342 @@
+"""The policy: one complete, immutable JSON value that says how to sample faster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from autofr.errors import PolicyError
+
+VERSION = 1
+KEY, JUMP = "key", "jump"
+MAX_BYTES = 16 * 2**20
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Sigmoid(_Value):
+    """λ = σ(τ(r - b)), r = step / steps: the paper's schedule (section "score mixing")."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    tau: Positive = 30.0
+    bias: Finite = 0.5
+
+    def weight(self, r: float) -> float:
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.tau * (r - self.bias)))))
+
+
+class HardSigmoid(_Value):
+    """λ = clip((τ(r - b) + 2) / 4, 0, 1): the schedule of FRDiff's released code."""
+
+    kind: Literal["hard_sigmoid"] = "hard_sigmoid"
+    tau: Positive = 30.0
+    bias: Finite = 0.5
+
+    def weight(self, r: float) -> float:
+        return min(1.0, max(0.0, (self.tau * (r - self.bias) + 2) / 4))
+
+
+class Linear(_Value):
+    """λ rises in a straight line from 0 at r = start to 1 at r = end."""
+
+    kind: Literal["linear"] = "linear"
+    start: Finite = 0.0
+    end: Finite = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Linear:
+        if self.end <= self.start:
+            raise ValueError(f"end must be above start, got start={self.start} end={self.end}")
+        return self
+
+    def weight(self, r: float) -> float:
+        return min(1.0, max(0.0, (r - self.start) / (self.end - self.start)))
+
+
+class Cosine(_Value):
+    """λ = (1 - cos πr) / 2."""
+
+    kind: Literal["cosine"] = "cosine"
+
+    def weight(self, r: float) -> float:
+        return (1 - math.cos(math.pi * r)) / 2
+
+
+class Step(_Value):
+    """λ = 0 before r = bias, 1 from there on."""
+
+    kind: Literal["step"] = "step"
+    bias: Finite = 0.5
+
+    def weight(self, r: float) -> float:
+        return float(r >= self.bias)
+
+
+class Constant(_Value):
+    """The same λ at every step; 1 is pure feature reuse, 0 is pure Jump."""
+
+    kind: Literal["constant"] = "constant"
+    value: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
+
+    def weight(self, r: float) -> float:
+        return self.value
+
+
+class Table(_Value):
+    """Fitted weights, one row per step: [reduced score, last keyframe's, the one's before, ...].
+
+    The row of a keyframe is empty; the first entry of a jump's row is 0.
+    """
+
+    kind: Literal["table"] = "table"
+    weights: tuple[tuple[Finite, ...], ...]
+
+
+Mix = Annotated[
+    Sigmoid | HardSigmoid | Linear | Cosine | Step | Constant | Table,
+    Field(discriminator="kind"),
+]
+
+
+class Model(_Value):
+    """Which denoiser the policy is for."""
+
+    name: str
+    denoiser: str
+    fingerprint: str
+    weights: str | None = None
+
+
+class Sampler(_Value):
+    """How that denoiser is sampled.
+
+    `num_inference_steps` is the length of `steps`; `replaces` is the teacher's step count: a call
+    that asks for it gets this policy too.
+    """
+
+    scheduler: str
+    config: dict[str, str | int | float | bool | None]
+    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
+    replaces: Annotated[int, Field(ge=1, le=10_000)]
+    prediction_type: str
+    guidance: Literal["none", "batched", "split"] = "none"
+    latent_shape: tuple[int, ...]
+    dtype: str
+
+
+class Interval(_Value):
+    """A measured value with its 95 % interval."""
+
+    value: Finite
+    low: Finite
+    high: Finite
+
+
+class Measured(_Value):
+    """What was measured when the policy was chosen, with the protocol."""
+
+    speedup: Interval
+    teacher_seconds: Positive
+    policy_seconds: Positive
+    predicted_speedup: Positive
+    batch: Annotated[int, Field(ge=1)]
+    device: str
+    dtype: str
+    threads: Annotated[int, Field(ge=1)]
+    versions: dict[str, str]
+    samples: Annotated[int, Field(ge=1)]
+    seeds: str
+    features: str
+    fid_teacher: Finite
+    fid_policy: Finite
+    fid_difference: Interval
+    trajectory_error: Interval
+    psnr: Finite
+    low_frequency_error: Finite
+    high_frequency_error: Finite
+    kept_bytes: Annotated[int, Field(ge=0)]
+
+
+class Provenance(_Value):
+    """Where the policy comes from."""
+
+    autofr: str
+    command: str
+    space: str
+    study: str
+    trials: int
+    seconds: Finite
+    date: str
+
+
+class Policy(_Value):
+    """Keyframes, masks and mix of every step of one sampler of one denoiser.
+
+    `steps[i]` is "key", "jump" or the name of a mask; `masks` maps a name to the points reused.
+    """
+
+    autofr_policy: Literal[1] = 1
+    model: Model
+    sampler: Sampler
+    masks: dict[str, tuple[str, ...]]
+    steps: tuple[str, ...]
+    mix: Mix = Constant()
+    measured: Measured | None = None
+    provenance: Provenance | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        n = self.sampler.num_inference_steps
+        if len(self.steps) != n:
+            raise ValueError(
+                f"steps: {len(self.steps)} entries, but sampler.num_inference_steps is {n}"
+            )
+        if self.steps[0] != KEY:
+            raise ValueError(f'steps[0]: must be "key", got "{self.steps[0]}"')
+        known = {KEY, JUMP, *self.masks}
+        for reserved in (KEY, JUMP):
+            if reserved in self.masks:
+                raise ValueError(f'masks: "{reserved}" is a reserved name')
+        for i, step in enumerate(self.steps):
+            if step not in known:
+                raise ValueError(f'steps[{i}]: no mask "{step}"; known: {", ".join(sorted(known))}')
+        for name, points in self.masks.items():
+            if not points:
+                raise ValueError(f'masks["{name}"]: no points')
+        if isinstance(self.mix, Table):
+            self._check_table(self.mix)
+        return self
+
+    def _check_table(self, table: Table) -> None:
+        if len(table.weights) != len(self.steps):
+            raise ValueError(
+                f"mix.weights: {len(table.weights)} rows, but there are {len(self.steps)} steps"
+            )
+        keys = 0
+        for i, (step, row) in enumerate(zip(self.steps, table.weights, strict=True)):
+            if step == KEY:
+                keys += 1
+                if row:
+                    raise ValueError(f"mix.weights[{i}]: the row of a keyframe must be empty")
+            elif len(row) < 1 or len(row) - 1 > keys:
+                raise ValueError(
+                    f"mix.weights[{i}]: {len(row)} weights, expected 1 to {keys + 1}"
+                    " (reduced score, then one per keyframe so far)"
+                )
+            elif step == JUMP and (row[0] != 0 or len(row) < 2):
+                raise ValueError(f"mix.weights[{i}]: a jump starts with 0 and needs a keyframe's")
+
+    @property
+    def keyframes(self) -> tuple[int, ...]:
+        """Indices of the fully computed steps."""
+        return tuple(i for i, step in enumerate(self.steps) if step == KEY)
+
+    def weights(self, step: int) -> tuple[float, ...]:
+        """Mix of a step: weights of [reduced score, last keyframe's score, the one's before, ...].
+
+        Empty at keyframes; first entry 0 at jumps (also where λ ≤ 0 turns a mask into a jump).
+        """
+        if self.steps[step] == KEY:
+            return ()
+        if isinstance(self.mix, Table):
+            return self.mix.weights[step]
+        share = 0.0 if self.steps[step] == JUMP else self.mix.weight(step / len(self.steps))
+        return (1.0,) if share >= 1 else (share, 1 - share) if share > 0 else (0.0, 1.0)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what the policy does (not of its name, measurements or provenance)."""
+        used = {name: sorted(self.masks[name]) for name in set(self.steps) & set(self.masks)}
+        behaviour = {
+            "fingerprint": self.model.fingerprint,
+            "sampler": self.sampler.model_dump(mode="json"),
+            "steps": [sorted(used[s]) if s in used else s for s in self.steps],
+            "weights": [[round(w, 6) for w in self.weights(i)] for i in range(len(self.steps))],
+        }
+        return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file, atomically."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise PolicyError(f'field "{double}" is written twice')
+    return fields
+
+
+def _no_nan(text: str) -> float:
+    raise PolicyError(f"{text} is not a number that JSON knows; a finite one is expected")
+
+
+def loads(text: str | bytes) -> Policy:
+    """Read a policy from JSON text.
+
+    Raises: PolicyError naming the field, for any text that is not a valid policy.
+    """
+    try:
+        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_nan)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise PolicyError(f"not valid JSON ({error}); is the file truncated?") from None
+    if not isinstance(fields, dict):
+        raise PolicyError(f"a policy is a JSON object, got {type(fields).__name__}")
+    version = fields.get("autofr_policy")
+    if version is None:
+        raise PolicyError('no field "autofr_policy": this is not a policy file')
+    if version != VERSION or isinstance(version, bool):
+        raise PolicyError(
+            f"policy version {version!r}; this autofr reads version {VERSION}: upgrade autofr"
+            " or export the policy again"
+        )
+    try:
+        return Policy.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False)[:8]:
+            place = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{place}: {message}" if place else message)
+        more = len(error.errors()) - len(lines)
+        raise PolicyError("; ".join(lines) + (f"; and {more} more" if more > 0 else "")) from None
+
+
+def load(path: str | Path) -> Policy:
+    """Read a policy file.
+
+    Raises: PolicyError naming the file and the field.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise PolicyError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a policy")
+        return loads(path.read_bytes())
+    except OSError as error:
+        raise PolicyError(f"{path}: cannot read the policy ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise PolicyError(f"{path}: not a text file") from None
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from None
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the policy file."""
+    return Policy.model_json_schema()

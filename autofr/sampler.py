@@ -1,0 +1,137 @@
+"""Apply a policy to a pipe: check that it fits, compile it once, install the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from autofr import policy as policy_file
+from autofr.errors import PolicyError
+from autofr.patch import COMPUTE, HOLD, Patch, Row
+from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint
+from autofr.policy import JUMP, KEY, Policy, Sampler
+
+_ATTRIBUTE = "_autofr_patch"
+_CONFIG_FIELDS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type",
+    "timestep_spacing", "steps_offset", "clip_sample", "thresholding", "set_alpha_to_one",
+    "solver_order", "algorithm_type", "solver_type", "lower_order_final", "final_sigmas_type",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "shift",
+    "skip_prk_steps", "rescale_betas_zero_snr", "predict_x0", "variance_type",
+)  # fmt: skip
+
+
+def apply(pipe: Pipe, policy: Policy | str | Path) -> Patch:
+    """Make every later `pipe(...)` call follow the policy; applying again replaces it.
+
+    Args: pipe, a diffusers pipeline; policy, a Policy or the path of its JSON file.
+    Returns: the installed Patch (its `counts` say what the last run computed).
+    Raises: PolicyError when the policy is not valid or was made for another denoiser, point set
+        or scheduler; a call with another step count raises it too.
+    """
+    if not isinstance(policy, Policy):
+        policy = policy_file.load(policy)
+    points = check(pipe, policy)
+    remove(pipe)
+    masks, plan = compile_plan(policy, points)
+    order = max([1, *(len(weights) - 1 for _, weights in plan)])
+    patch = Patch(pipe, masks, plan, replaces=policy.sampler.replaces, order=order).install()
+    setattr(find_denoiser(pipe), _ATTRIBUTE, patch)
+    return patch
+
+
+def remove(pipe: Pipe) -> None:
+    """Restore the pipe; a pipe without a policy is left as it is."""
+    denoiser = find_denoiser(pipe)
+    patch = vars(denoiser).pop(_ATTRIBUTE, None)
+    if patch is not None:
+        patch.remove()
+
+
+@contextmanager
+def reuse(pipe: Pipe, policy: Policy | str | Path) -> Iterator[Patch]:
+    """Apply the policy inside the block and restore the pipe afterwards, also on errors."""
+    patch = apply(pipe, policy)
+    try:
+        yield patch
+    finally:
+        remove(pipe)
+
+
+def compile_plan(
+    policy: Policy, points: dict[str, Point]
+) -> tuple[list[list[Point]], list[Row]]:
+    """Turn names into the tables that the hooks index: masks, and one row per step."""
+    names = [name for name in policy.masks if name in policy.steps]
+    masks = [[points[point] for point in policy.masks[name]] for name in names]
+    rows: list[Row] = []
+    for i, step in enumerate(policy.steps):
+        weights = policy.weights(i)
+        if step == KEY:
+            rows.append((COMPUTE, ()))
+        elif step == JUMP or weights[0] == 0:
+            # With a weight of 0 the network's answer would be thrown away: do not call it.
+            rows.append((HOLD, weights))
+        else:
+            rows.append((names.index(step) + 1, weights))
+    return masks, rows
+
+
+def check(pipe: Pipe, policy: Policy) -> dict[str, Point]:
+    """Return the pipe's points, if the policy was made for this denoiser and scheduler.
+
+    Raises: PolicyError saying what differs.
+    """
+    denoiser = find_denoiser(pipe)
+    found = type(denoiser).__name__
+    if found != policy.model.denoiser:
+        raise PolicyError(f"the policy is for a {policy.model.denoiser}, this pipe has a {found}")
+    points = discover(denoiser)
+    unknown = sorted({p for mask in policy.masks.values() for p in mask} - set(points))
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if unknown[3:] else "")
+        raise PolicyError(
+            f"the policy names points that this denoiser does not have: {shown};"
+            f" it has {len(points)}, such as {next(iter(points))}"
+        )
+    mark = fingerprint(denoiser, points)
+    if mark != policy.model.fingerprint:
+        raise PolicyError(
+            f"the policy is for another {found} configuration (fingerprint"
+            f" {policy.model.fingerprint}, this one has {mark}): search again for this model"
+        )
+    scheduler = type(pipe.scheduler).__name__
+    if scheduler != policy.sampler.scheduler:
+        raise PolicyError(
+            f"the policy is for {policy.sampler.scheduler}, this pipe has {scheduler}: set that"
+            " scheduler, or search again with this one"
+        )
+    here = scheduler_config(pipe)
+    for name, value in policy.sampler.config.items():
+        if here.get(name) != value:
+            raise PolicyError(
+                f"the policy is for {scheduler} with {name}={value!r}, this pipe has"
+                f" {here.get(name)!r}: set it, or search again"
+            )
+    return points
+
+
+def scheduler_config(pipe: Pipe) -> dict[str, Any]:
+    """The fields of the scheduler's configuration that change what a policy does."""
+    config = pipe.scheduler.config
+    return {name: config[name] for name in _CONFIG_FIELDS if name in config}
+
+
+def describe(pipe: Pipe, steps: int, replaces: int, latent_shape: tuple[int, ...]) -> Sampler:
+    """Describe how this pipe samples, for a policy's `sampler` field."""
+    return Sampler(
+        scheduler=type(pipe.scheduler).__name__,
+        config=scheduler_config(pipe),
+        num_inference_steps=steps,
+        replaces=replaces,
+        prediction_type=str(pipe.scheduler.config.get("prediction_type", "epsilon")),
+        latent_shape=latent_shape,
+        dtype=str(find_denoiser(pipe).dtype).removeprefix("torch."),
+    )
