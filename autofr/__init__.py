@@ -1,0 +1,39 @@
+"""autofr: automatic policy search for feature reuse in diffusion models.
+
+autofr search --model ldm4 --budget 1.5x      # finds a policy for this device
+autofr.apply(pipe, "policy.json")             # every pipe(...) call uses it
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autofr.errors import AutofrError as AutofrError
+    from autofr.policy import Policy as Policy
+    from autofr.policy import load as load
+    from autofr.sampler import apply as apply
+    from autofr.sampler import remove as remove
+    from autofr.sampler import reuse as reuse
+
+# Torch and diffusers load with the first name that needs them, not with `import autofr`.
+_HOME = {
+    "AutofrError": "autofr.errors",
+    "Policy": "autofr.policy",
+    "load": "autofr.policy",
+    "apply": "autofr.sampler",
+    "remove": "autofr.sampler",
+    "reuse": "autofr.sampler",
+}
+__all__ = ["AutofrError", "Policy", "apply", "load", "remove", "reuse"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'autofr' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -134,27 +134,32 @@ def paired(
     min_pairs: int = 6,
     max_pairs: int = 60,
     max_seconds: float = 120.0,
+    before: Callable[[int], None] = lambda which: None,
     on_pair: Callable[[int, float], None] | None = None,
 ) -> Paired:
     """Time two calls in interleaved pairs until the interval of the ratio is narrow.
 
     One warm-up pair is dropped; the order alternates from pair to pair, so that a drift of the
-    machine's speed cancels. The interval is the percentile bootstrap's of the median ratio.
+    machine's speed cancels. `before(0)` or `before(1)` runs untimed before each call. The interval
+    is the percentile bootstrap's of the median ratio.
     Raises: MeasurementError when a call takes no measurable time.
     """
     began = time.perf_counter()
-    first(), second()
+    calls = (first, second)
+    for which in (0, 1):
+        before(which)
+        calls[which]()
     walls: list[tuple[float, float]] = []
     cpus: list[tuple[float, float]] = []
     while True:
-        order = (first, second) if len(walls) % 2 == 0 else (second, first)
-        a, b = (_times(call, device) for call in order)
-        if len(walls) % 2:
-            a, b = b, a
-        if min(a[0], b[0]) <= 0:
+        pair = [(0.0, 0.0), (0.0, 0.0)]
+        for which in (0, 1) if len(walls) % 2 == 0 else (1, 0):
+            before(which)
+            pair[which] = _times(calls[which], device)
+        if min(pair[0][0], pair[1][0]) <= 0:
             raise MeasurementError("a timed call took no measurable time")
-        walls.append((a[0], b[0]))
-        cpus.append((a[1], b[1]))
+        walls.append((pair[0][0], pair[1][0]))
+        cpus.append((pair[0][1], pair[1][1]))
         pairs = len(walls)
         if pairs < min_pairs:
             continue
@@ -175,3 +180,45 @@ def median_interval(values: np.ndarray) -> Interval:
     draws = np.median(rng.choice(values, (2000, len(values))), axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Interval(value=float(np.median(values)), low=float(low), high=float(high))
+
+
+def measure_costs(
+    call: Callable[[Sequence[str]], object],
+    evaluate: Callable[[str], object],
+    steps: int,
+    masks: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    rounds: int = 5,
+    on_round: Callable[[int, int], None] | None = None,
+) -> Costs:
+    """Measure the parts of a call.
+
+    Args: `call(steps)` runs the whole pipe with those steps; `evaluate(step)` runs the denoiser
+        once, as a keyframe or with a mask.
+    A full call against one with a single keyframe gives the network's time as it is inside a
+    call; a shorter one separates the fixed part from the cost of a step without network. Masks
+    are timed in turn with keyframes, and their ratio to the keyframes around them counts, so that
+    a slow moment of the machine cancels.
+    """
+    lengths = ([KEY] * steps, [KEY, *[JUMP] * (steps - 1)], [KEY, JUMP])
+    ratios: dict[str, list[float]] = {name: [] for name in masks}
+    calls: list[list[float]] = []
+    evaluate(KEY), call(lengths[2])
+    for index in range(rounds):
+        if index < max(3, rounds // 2):
+            calls.append([seconds(lambda s=s: call(s), device) for s in lengths])  # type: ignore[misc]
+        before = seconds(lambda: evaluate(KEY), device)
+        for name in masks:
+            spent = seconds(lambda name=name: evaluate(name), device)  # type: ignore[misc]
+            after = seconds(lambda: evaluate(KEY), device)
+            ratios[name].append(2 * spent / (before + after))
+            before = after
+        if on_round:
+            on_round(index + 1, rounds)
+    full, idle, short = np.median(np.array(calls), axis=0)
+    network = max(1e-9, (full - idle) / (steps - 1))
+    jump = max(0.0, (idle - short) / (steps - 2)) if steps > 2 else 0.0
+    fixed = max(0.0, idle - network - steps * jump)
+    reduced = {name: float(np.median(r)) * network + jump for name, r in ratios.items()}
+    return Costs(network + jump, jump, fixed, reduced)

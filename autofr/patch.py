@@ -7,6 +7,7 @@ advances it; timesteps are never compared.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,12 @@ Row = tuple[int, tuple[float, ...]]
 """One step of a compiled policy: mask index and mix weights."""
 
 
+Refit = Callable[
+    [int, torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]], tuple[float, ...]
+]
+"""(step, denoiser input, reduced score or None at a jump, kept scores) -> mix weights."""
+
+
 def solver_steps(scheduler: Any) -> list[int]:
     """Map each pass of the sampling loop to its solver step; the stages of one step share it.
 
@@ -45,6 +52,15 @@ def solver_steps(scheduler: Any) -> list[int]:
     return [k // order for k in range(passes)]
 
 
+def bare_scheduler(scheduler: Any) -> Any:
+    """Copy a scheduler with its state, without any wrapper of its methods."""
+    bare = copy.copy(scheduler)
+    state = {k: v for k, v in vars(scheduler).items() if k not in ("set_timesteps", "step")}
+    vars(bare).clear()
+    vars(bare).update(copy.deepcopy(state))
+    return bare
+
+
 class Clock:
     """Follows one scheduler: which solver step is running, or None between runs."""
 
@@ -53,7 +69,7 @@ class Clock:
         scheduler: Any,
         on_start: Callable[[int], None],
         on_stop: Callable[[], None],
-        on_step: Callable[[torch.Tensor], None] | None = None,
+        on_step: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
         substitute: tuple[int, int] | None = None,
     ) -> None:
         self.scheduler = scheduler
@@ -111,7 +127,8 @@ class Clock:
             self.stop()
             raise
         if self._on_step:
-            self._on_step(result[0] if isinstance(result, tuple) else result.prev_sample)
+            before = args[2] if len(args) > 2 else kwargs["sample"]
+            self._on_step(before, result[0] if isinstance(result, tuple) else result.prev_sample)
         if self.step is not None:
             self._pass += 1
             self.branch = 0
@@ -197,6 +214,7 @@ class _Root(ModelHook):
         super().__init__()
         self.pipe, self.run, self.clock, self.plan = pipe, run, clock, plan
         self.order, self.counts = order, counts
+        self.refit: Refit | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step = self.clock.step
@@ -220,19 +238,19 @@ class _Root(ModelHook):
         run.kept = kept
         mask, weights = self.plan[step]
         signature = _signature(args, kwargs)
-        if (
-            mask == COMPUTE
-            or kept.signature != signature
-            or len(kept.scores) < len(weights) - 1
-        ):
+        if mask == COMPUTE or kept.signature != signature or len(kept.scores) < len(weights) - 1:
             return self._compute(kept, step, signature, args, kwargs)
         if mask == HOLD:
             self.counts["jump"] += 1
+            if self.refit:
+                weights = self.refit(step, _first(args, kwargs), None, kept.scores)
             return self._wrap(kept, _mix(None, kept.scores, weights))
         self.counts["mask"] += 1
         run.mask = mask
         output = self.fn_ref.original_forward(*args, **kwargs)
         run.mask = COMPUTE
+        if self.refit:
+            weights = self.refit(step, _first(args, kwargs), output[0], kept.scores)
         if len(weights) == 1 and weights[0] == 1:
             return output
         return self._wrap(kept, _mix(output[0], kept.scores, weights))
@@ -310,6 +328,11 @@ class Patch:
                 substitute=None if same else (replaces, len(plan)),  # type: ignore[arg-type]
             )
             self._root = _Root(pipe, self.run, self.clock, plan, order, self.counts)
+
+    def refit_mix(self, refit: Refit | None) -> None:
+        """Ask `refit` for the weights of every reduced or held step, instead of the plan."""
+        if self._root is not None:
+            self._root.refit = refit
 
     def install(self) -> Patch:
         """Put the hooks on; returns itself."""
@@ -413,13 +436,20 @@ class Tape:
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
-    first_latents: torch.Tensor | None = None
+    first_latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     steps: list[int] = field(default_factory=list)
 
 
 @contextmanager
-def record(pipe: Pipe, calls: bool = False) -> Iterator[Tape]:
-    """Record latents (and, if asked, denoiser calls) of the runs of a pipe inside the block."""
+def record(
+    pipe: Pipe,
+    calls: bool = False,
+    on_score: Callable[[int, torch.Tensor], None] | None = None,
+) -> Iterator[Tape]:
+    """Record latents (and, if asked, denoiser calls) of the runs of a pipe inside the block.
+
+    `on_score(step, score)` is called after every denoiser call.
+    """
     tape = Tape()
     denoiser = find_denoiser(pipe)
 
@@ -429,12 +459,21 @@ def record(pipe: Pipe, calls: bool = False) -> Iterator[Tape]:
         tape.steps = solver_steps(pipe.scheduler)
 
     def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if clock.step is not None:
+        if clock.step is None:
+            return
+        if calls:
             tape.calls.append((args, kwargs, output[0]))
+        if on_score:
+            on_score(clock.step, output[0])
 
-    clock = Clock(pipe.scheduler, start, lambda: None, tape.latents.append)
+    def step(before: torch.Tensor, after: torch.Tensor) -> None:
+        if not tape.latents:
+            tape.first_latents = before
+        tape.latents.append(after)
+
+    clock = Clock(pipe.scheduler, start, lambda: None, step)
     clock.install()
-    handle = denoiser.register_forward_hook(listen, with_kwargs=True) if calls else None
+    handle = denoiser.register_forward_hook(listen, with_kwargs=True) if calls or on_score else None
     try:
         yield tape
     finally:

@@ -167,11 +167,15 @@ def _unet_layers(unet: nn.Module) -> list[Point]:
                 Point(f"{path}#conv", "conv", path, conv, conv, _keep_output, _return_kept)
             )
             points.append(
-                Point(f"{path}#branch", "branch", path, last, path, _keep_output, _resnet_from_branch)
+                Point(
+                    f"{path}#branch", "branch", path, last, path, _keep_output, _resnet_from_branch
+                )
             )
         elif kind == "Attention" and module.residual_connection:
             points.append(
-                Point(f"{path}#attn", "attn", path, path, path, _keep_attention, _attention_from_kept)
+                Point(
+                    f"{path}#attn", "attn", path, path, path, _keep_attention, _attention_from_kept
+                )
             )
     return points
 

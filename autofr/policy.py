@@ -102,10 +102,21 @@ class Table(_Value):
     weights: tuple[tuple[Finite, ...], ...]
 
 
-Mix = Annotated[
-    Sigmoid | HardSigmoid | Linear | Cosine | Step | Constant | Table,
-    Field(discriminator="kind"),
-]
+Family = Sigmoid | HardSigmoid | Linear | Cosine | Step | Constant
+Mix = Annotated[Family | Table, Field(discriminator="kind")]
+
+
+def mix_row(step: str, mix: Mix, index: int, steps: int) -> tuple[float, ...]:
+    """Weights of [reduced score, last keyframe's, the one's before, ...] at step `index`.
+
+    Empty at keyframes; first entry 0 at jumps, also where λ ≤ 0 turns a mask into one.
+    """
+    if step == KEY:
+        return ()
+    if isinstance(mix, Table):
+        return mix.weights[index]
+    share = 0.0 if step == JUMP else mix.weight(index / steps)
+    return (1.0,) if share >= 1 else (share, 1 - share) if share > 0 else (0.0, 1.0)
 
 
 class Model(_Value):
@@ -242,16 +253,8 @@ class Policy(_Value):
         return tuple(i for i, step in enumerate(self.steps) if step == KEY)
 
     def weights(self, step: int) -> tuple[float, ...]:
-        """Mix of a step: weights of [reduced score, last keyframe's score, the one's before, ...].
-
-        Empty at keyframes; first entry 0 at jumps (also where λ ≤ 0 turns a mask into a jump).
-        """
-        if self.steps[step] == KEY:
-            return ()
-        if isinstance(self.mix, Table):
-            return self.mix.weights[step]
-        share = 0.0 if self.steps[step] == JUMP else self.mix.weight(step / len(self.steps))
-        return (1.0,) if share >= 1 else (share, 1 - share) if share > 0 else (0.0, 1.0)
+        """Mix of a step; see `mix_row`."""
+        return mix_row(self.steps[step], self.mix, step, len(self.steps))
 
     @property
     def digest(self) -> str:

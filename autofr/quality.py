@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for wide, wider in zip(widths[:-1], widths[1:], strict=True):
+        for wide, wider in itertools.pairwise(widths):
             layers += [
                 nn.Conv2d(wide, wider, 3, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(wider),
@@ -169,7 +170,9 @@ def band_errors(
     radius = (fx.square() + fy.square()).sqrt() / 0.5
     bands = ((radius > 0) & (radius <= cut), radius > cut)
     low, high = (
-        float((difference[..., b].abs().square().sum() / spectrum[..., b].abs().square().sum()).sqrt())
+        float(
+            (difference[..., b].abs().square().sum() / spectrum[..., b].abs().square().sum()).sqrt()
+        )
         for b in bands
     )
     return low, high

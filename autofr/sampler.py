@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autofr import policy as policy_file
 from autofr.errors import PolicyError
-from autofr.patch import COMPUTE, HOLD, Patch, Row
-from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint
-from autofr.policy import JUMP, KEY, Policy, Sampler
+from autofr.patch import COMPUTE, HOLD, Patch, Row, record
+from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint, weights_hash
+from autofr.policy import JUMP, KEY, Mix, Model, Policy, Sampler
 
 _ATTRIBUTE = "_autofr_patch"
 _CONFIG_FIELDS = (
@@ -60,9 +63,7 @@ def reuse(pipe: Pipe, policy: Policy | str | Path) -> Iterator[Patch]:
         remove(pipe)
 
 
-def compile_plan(
-    policy: Policy, points: dict[str, Point]
-) -> tuple[list[list[Point]], list[Row]]:
+def compile_plan(policy: Policy, points: dict[str, Point]) -> tuple[list[list[Point]], list[Row]]:
     """Turn names into the tables that the hooks index: masks, and one row per step."""
     names = [name for name in policy.masks if name in policy.steps]
     masks = [[points[point] for point in policy.masks[name]] for name in names]
@@ -135,3 +136,60 @@ def describe(pipe: Pipe, steps: int, replaces: int, latent_shape: tuple[int, ...
         latent_shape=latent_shape,
         dtype=str(find_denoiser(pipe).dtype).removeprefix("torch."),
     )
+
+
+def compose(
+    pipe: Pipe,
+    name: str,
+    steps: Sequence[str],
+    masks: Mapping[str, Sequence[str]],
+    mix: Mix,
+    *,
+    replaces: int,
+    latent_shape: tuple[int, ...],
+) -> Policy:
+    """Write a policy for this pipe as it is now; masks that no step uses are left out."""
+    denoiser = find_denoiser(pipe)
+    return Policy(
+        model=Model(
+            name=name,
+            denoiser=type(denoiser).__name__,
+            fingerprint=fingerprint(denoiser, discover(denoiser)),
+            weights=weights_hash(denoiser),
+        ),
+        sampler=describe(pipe, len(steps), replaces, latent_shape),
+        masks={name: tuple(points) for name, points in masks.items() if name in steps},
+        steps=tuple(steps),
+        mix=mix,
+    )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (n, 3, h, w) in [0, 1] on the CPU and final latents (n, c, h, w) of some seeds."""
+
+    images: torch.Tensor
+    latents: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        """Concatenate batches."""
+        images = torch.cat([part.images for part in parts])
+        return cls(images, torch.cat([part.latents for part in parts]))
+
+
+def draw(pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
+    """Call the pipe once, one generator per seed, and return images and final latents.
+
+    A sample depends on its own seed alone, not on the batch it is drawn in.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    with record(pipe) as tape, torch.inference_mode():
+        images = pipe(
+            batch_size=len(seeds),
+            num_inference_steps=steps,
+            generator=generators,
+            output_type="np",
+        ).images
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
+    return Samples(pixels, tape.latents[-1].float().cpu())

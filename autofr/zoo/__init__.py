@@ -1,0 +1,138 @@
+"""The zoo: bundled models by name, and loading of anything that diffusers can load."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autofr.errors import ModelError
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """One bundled model: what it is made of and what it stands for."""
+
+    pipeline: str
+    summary: str
+    steps: int
+    stands_for: str
+
+    def folder(self, name: str) -> Path:
+        """Where its weights lie."""
+        return HERE / name
+
+
+BUNDLED = {
+    "ldm4": Bundled(
+        pipeline="LDMPipeline",
+        summary="emoji, 64x64, latents 3x16x16, unconditional, DDIM",
+        steps=50,
+        stands_for="LDM-4 (CelebA-HQ)",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipe with the name that policies carry, and the folder with its features, if any."""
+
+    pipe: Any
+    name: str
+    folder: Path | None
+
+
+def expected(name: str) -> dict[str, Any]:
+    """The scores that a bundled model's teacher is expected to have."""
+    path = BUNDLED[name].folder(name) / "expected.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load(model: str, device: str = "cpu", dtype: str = "float32") -> Loaded:
+    """Load a bundled name, a local diffusers folder, or a hub id (`owner/name`).
+
+    Raises: ModelError when there is no such model, the hub cannot be reached, or the files are
+        damaged.
+    """
+    import torch
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise ModelError(f"--dtype {dtype}: expected one of {', '.join(kinds)}")
+    name, source, folder = _resolve(model)
+    _check_device(device)
+    pipe = _from_pretrained(source, kinds[dtype], model)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device}: {error}") from None
+    return Loaded(pipe, name, folder)
+
+
+def _resolve(model: str) -> tuple[str, str, Path | None]:
+    if model in BUNDLED:
+        folder = BUNDLED[model].folder(model)
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"the bundled model {model} is missing from this installation")
+        return model, str(folder), folder
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(
+                f"{path} is no diffusers pipeline folder: it has no model_index.json"
+                " (write one with pipe.save_pretrained)"
+            )
+        return path.resolve().name, str(path), path
+    if model.count("/") == 1 and not path.exists() and not model.startswith((".", "/")):
+        return model, model, None
+    near = difflib.get_close_matches(model, BUNDLED, n=2, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ModelError(
+        f"no model {model!r}{hint} Bundled: {', '.join(BUNDLED)}. Or give a local diffusers folder"
+        " (./my-pipeline, as written by pipe.save_pretrained) or a hub id (owner/name)."
+    )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ModelError(f"--device {device}: no such device; cpu or cuda is expected") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"--device {device}: torch {torch.__version__} sees no GPU here")
+
+
+def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
+    import logging
+
+    # diffusers logs advice about accelerate and torchvision that users of this tool do not need.
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    local = Path(source).is_dir()
+    if local:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from diffusers import DiffusionPipeline
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=local)
+    except Exception as error:
+        if local:
+            raise ModelError(f"{source}: cannot be loaded ({_first_line(error)})") from None
+        raise ModelError(
+            f"{model}: not found in the local cache, and the hub cannot be reached or does not"
+            f" have it ({_first_line(error)}). Bundled models need no download:"
+            f" {', '.join(BUNDLED)}; a local diffusers folder works too."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

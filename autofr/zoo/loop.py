@@ -38,7 +38,9 @@ def train(
     The same call after an interruption continues from `checkpoint`; each step's randomness
     depends on (seed, step) alone. Returns the averaged module when `ema` > 0, else the module.
     """
-    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimiser = torch.optim.AdamW(
+        module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+    )
     averaged = {key: value.detach().clone() for key, value in module.state_dict().items()}
     step, used, average = 0, 0.0, float("nan")
     if checkpoint.is_file():
@@ -58,7 +60,8 @@ def train(
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task(name, total=seconds, completed=used)
+        bar = progress.add_task(name, total=seconds)
+        progress.update(bar, completed=used)
         saved_at = used
         module.train()
         while used < seconds:
@@ -76,12 +79,18 @@ def train(
             if ema:
                 blend = min(ema, (1 + step) / (10 + step))
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(averaged.values()), list(module.state_dict().values()), 1 - blend)
+                    torch._foreach_lerp_(
+                        list(averaged.values()), list(module.state_dict().values()), 1 - blend
+                    )
             used += time.monotonic() - started
             if step % 20 == 0:
                 last = float(value.detach())
                 average = last if math.isnan(average) else 0.95 * average + 0.05 * last
-                progress.update(bar, completed=min(used, seconds), description=f"{name}  step {step}  loss {average:.4f}")
+                progress.update(
+                    bar,
+                    completed=min(used, seconds),
+                    description=f"{name}  step {step}  loss {average:.4f}",
+                )
             if used - saved_at > save_every:
                 save()
                 saved_at = used

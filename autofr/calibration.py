@@ -1,0 +1,180 @@
+"""Measure once what every reuse costs in error: the table that planning works on.
+
+For keyframe k, step i = k + g and mask m, calibration measures the score that the reduced network
+gives at the teacher's own input. All that planning needs of these scores are inner products with
+the teacher's, so the table stays small and every mix can be tried without the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autofr.errors import MeasurementError
+from autofr.latency import Costs
+from autofr.patch import Patch, bare_scheduler, record
+from autofr.points import Pipe, Point, discover, find_denoiser
+
+Masks = Mapping[str, tuple[str, ...]]
+
+
+def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
+    """Name the masks worth calibrating: the published ones and the nested cuts of the network.
+
+    `frdiff` (first convolutions and attention), `branches` (residual branches and attention),
+    `attn`, and one cut per `stage` point, alone (DeepCache) and with the branches that it leaves.
+    """
+    by_kind: dict[str, list[str]] = {}
+    for name, point in points.items():
+        by_kind.setdefault(point.kind, []).append(name)
+    attention, branches = by_kind.get("attn", []), by_kind.get("branch", [])
+    masks = {
+        "attn": tuple(attention),
+        "frdiff": (*by_kind.get("conv", []), *attention),
+        "branches": (*branches, *attention),
+    }
+    for depth, name in enumerate(by_kind.get("stage", [])):
+        masks[f"cut{depth}"] = (name,)
+    return {name: mask for name, mask in masks.items() if mask}
+
+
+def worth_calibrating(masks: Masks, costs: Costs) -> dict[str, tuple[str, ...]]:
+    """Leave out masks that save too little, and cuts that cost nearly the same as a shallower one.
+
+    Each mask costs about `max_gap` reduced runs to calibrate; what is left still spans the range.
+    """
+    kept, cheapest = {}, costs.key
+    for name, points in masks.items():
+        single_cut = len(points) == 1 and points[0].endswith("#stage")
+        if costs.masks[name] > 0.85 * costs.key:
+            continue
+        if single_cut and costs.masks[name] > cheapest - 0.06 * costs.key:
+            continue
+        if single_cut:
+            cheapest = costs.masks[name]
+        kept[name] = points
+    return kept
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inner products of scores, summed over calibration samples and elements.
+
+    `teacher` (N, N): teacher's scores with each other. `cross` (M, N, G, N): reduced score of
+    mask m at step i, kept at i - 1 - g', with the teacher's score j. `own` (M, N, G): the reduced
+    score with itself. Entries that no keyframe reaches are NaN. `gain` (N,): how a unit error of
+    the score at a step moves the final latents. `norm`: mean squared norm of the final latents.
+    """
+
+    masks: tuple[str, ...]
+    teacher: np.ndarray
+    cross: np.ndarray
+    own: np.ndarray
+    gain: np.ndarray
+    norm: float
+
+    @property
+    def steps(self) -> int:
+        return len(self.teacher)
+
+    @property
+    def max_gap(self) -> int:
+        return self.own.shape[2]
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file, atomically."""
+        part = path.with_suffix(".part.npz")
+        np.savez_compressed(
+            part, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
+            own=self.own, gain=self.gain, norm=self.norm,
+        )  # fmt: skip
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote; plain arrays only."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(
+                tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
+                file["gain"], float(file["norm"]),
+            )  # fmt: skip
+
+
+@torch.inference_mode()
+def calibrate(
+    pipe: Pipe,
+    run: Callable[[], object],
+    masks: Masks,
+    max_gap: int = 6,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Run the teacher once (`run` calls the pipe), then every mask at every gap on its inputs.
+
+    Cost: N keyframes and about N * max_gap * len(masks) reduced evaluations.
+    Raises: MeasurementError when the model gives NaN.
+    """
+    with record(pipe, calls=True) as tape:
+        run()
+    first = [tape.steps.index(step) for step in range(tape.steps[-1] + 1)]
+    calls = [tape.calls[k] for k in first]
+    n, m = len(calls), len(masks)
+    scores = torch.stack([score.float().flatten() for _, _, score in calls]).double()
+    if not bool(scores.isfinite().all()):
+        raise MeasurementError("the model returned NaN or infinity during calibration")
+    denoiser = find_denoiser(pipe)
+    points = discover(denoiser)
+    cross, own = np.full((m, n, max_gap, n), np.nan), np.full((m, n, max_gap), np.nan)
+    patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()]).install()
+    try:
+        for key in range(n - 1):
+            with patch.keyframe():
+                denoiser(*calls[key][0], **calls[key][1])
+            for gap in range(1, min(max_gap, n - 1 - key) + 1):
+                args, kwargs, _ = calls[key + gap]
+                for index in range(m):
+                    with patch.reduced(index + 1):
+                        reduced = denoiser(*args, **kwargs)[0].float().flatten().double()
+                    cross[index, key + gap, gap - 1] = (scores @ reduced).cpu().numpy()
+                    own[index, key + gap, gap - 1] = float(reduced @ reduced)
+            if on_step:
+                on_step(key + 1, n - 1)
+    finally:
+        patch.remove()
+    teacher = (scores @ scores.T).cpu().numpy()
+    final = tape.latents[-1].double()
+    gain = step_gains(pipe, tape.first_latents, [call[2] for call in tape.calls], tape.steps)
+    return Calibration(tuple(masks), teacher, cross, own, gain, float(final.square().sum()))
+
+
+def step_gains(
+    pipe: Pipe, start: torch.Tensor, scores: Sequence[torch.Tensor], step_of: Sequence[int]
+) -> np.ndarray:
+    """Measure how far an error of the score at each step moves the final latents, by the
+    scheduler alone: it is run on the stored scores with one of them perturbed (no network calls).
+
+    Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping).
+    """
+    steps = step_of[-1] + 1
+
+    def replay(changed: int | None) -> torch.Tensor:
+        scheduler = bare_scheduler(pipe.scheduler)
+        scheduler.set_timesteps(steps)
+        latents = start
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for index, score in enumerate(scores):
+                if step_of[index] == changed:
+                    score = score + nudge
+                latents = scheduler.step(score, scheduler.timesteps[index], latents)[0]
+        return latents
+
+    nudge = 1e-2 * torch.randn(
+        scores[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    ).to(scores[0])
+    base = replay(None)
+    size = float(nudge.double().norm())
+    return np.array([float((replay(i) - base).double().norm()) / size for i in range(steps)])

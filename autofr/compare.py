@@ -1,0 +1,102 @@
+"""The comparison table: a row for the teacher, every published schedule, solver and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from autofr.baselines import Draft
+from autofr.evaluate import Evaluator, Row, Score
+from autofr.latency import Costs
+from autofr.policy import Policy
+
+AS_FAST = 0.97  # rows at most 3 % slower than the choice are compared with it
+
+
+def policy_row(
+    name: str,
+    group: Any,
+    policy: Policy,
+    score: Score,
+    evaluator: Evaluator,
+    costs: Costs,
+) -> Row:
+    """A line from a policy's score."""
+    draft = Draft(name, group, policy.steps, policy.mix)
+    seconds = draft.seconds(costs)
+    return Row(
+        name=name,
+        group=group,
+        solver=policy.sampler.scheduler.removesuffix("Scheduler"),
+        steps=len(policy.steps),
+        network_calls=round((seconds - costs.fixed) / costs.key, 2),
+        predicted_speedup=costs.teacher(evaluator.steps) / seconds,
+        speedup=score.speedup,
+        error=score.error,
+        reference_error=score.reference_error,
+        fid=evaluator.fid(score),
+        digest=policy.digest,
+    )
+
+
+def solver_row(name: str, steps: int, score: Score, evaluator: Evaluator, costs: Costs) -> Row:
+    """A line of another solver without reuse; never a candidate."""
+    return Row(
+        name=f"{name}, {steps} steps",
+        group="other solver",
+        solver=name,
+        steps=steps,
+        network_calls=steps,
+        predicted_speedup=costs.teacher(evaluator.steps) / costs.teacher(steps),
+        speedup=score.speedup,
+        error=score.error,
+        reference_error=score.reference_error,
+        fid=evaluator.fid(score),
+        candidate=False,
+    )
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Say plainly where a row is better than the choice at about its time."""
+    chosen = next(row for row in rows if row.group == "chosen")
+    as_fast = [
+        row
+        for row in rows
+        if row.group not in ("chosen", "planned", "teacher")
+        and speed(row) >= AS_FAST * speed(chosen)
+    ]
+    lines = []
+    for row in as_fast:
+        if row.candidate and row.error.value < chosen.error.value:
+            lines.append(
+                f"{row.name} is as fast and nearer to the teacher: error {row.error.value:.4f}"
+                f" against {chosen.error.value:.4f}."
+            )
+    better = [
+        row
+        for row in as_fast
+        if not row.candidate and row.reference_error.value < chosen.reference_error.value
+    ]
+    if better:
+        best = min(better, key=lambda row: row.reference_error.value)
+        lines.append(
+            f"Another solver is nearer to the fine solution at this time: {best.name} has error"
+            f" {best.reference_error.value:.4f} at {speed(best):.2f}x, the policy"
+            f" {chosen.reference_error.value:.4f} at {speed(chosen):.2f}x. If your images may"
+            " change, change the solver first and search on top of it; the policy is for keeping"
+            " the images of the solver that you have."
+        )
+    rivals = [row for row in as_fast if row.candidate]
+    if rivals:
+        best = min(rivals, key=lambda row: row.error.value)
+        lines.append(
+            f"The best published schedule or floor as fast as the policy is {best.name}: error"
+            f" {best.error.value:.4f}, {best.error.value / chosen.error.value:.1f} times the"
+            f" policy's {chosen.error.value:.4f}."
+        )
+    return lines
+
+
+def speed(row: Row) -> float:
+    """Measured speed-up where there is one, else the predicted."""
+    return row.speedup.value if row.speedup else row.predicted_speedup

@@ -1,0 +1,268 @@
+"""Score policies by real rollouts on fixed seeds, against the teacher and a fine solution."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from autofr.errors import MeasurementError
+from autofr.latency import median_interval, seconds
+from autofr.patch import record
+from autofr.points import Pipe, find_denoiser
+from autofr.policy import Interval, Policy
+from autofr.quality import Features, mean_interval, relative_error
+from autofr.sampler import Samples, draw, reuse
+
+Group = Literal[
+    "teacher", "fewer steps", "frdiff", "deepcache", "planned", "chosen", "other solver"
+]
+
+
+class Row(BaseModel):
+    """One line of the comparison table.
+
+    Errors are relative L2 of the final latents, mean over validation seeds with a 95 % interval:
+    `error` to the teacher, `reference_error` to the finely solved reference. Speed-ups are of the
+    whole call; `speedup` is measured in pairs, `predicted_speedup` comes from the cost model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    group: Group
+    solver: str
+    steps: int
+    network_calls: float
+    predicted_speedup: float
+    speedup: Interval | None = None
+    error: Interval
+    reference_error: Interval
+    fid: float | None = None
+    candidate: bool = True
+    digest: str | None = None
+
+
+class Result(BaseModel):
+    """Everything that a finished search found, with the protocol: `result.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    autofr_result: Literal[1] = 1
+    model: str
+    pipeline: str
+    budget: str
+    command: str
+    date: str
+    steps: int
+    batch: int
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    seeds: dict[str, str]
+    features: str | None
+    reference: str
+    rows: list[Row]
+    chosen: str
+    trials: int
+    duplicates: int
+    stage_seconds: dict[str, float]
+    remarks: list[str]
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class Score:
+    """Error of each seed's final latents, to the teacher and to the fine reference; images.
+
+    `speedup` is measured while the samples are drawn: see `Pulse`.
+    """
+
+    errors: np.ndarray
+    reference_errors: np.ndarray
+    samples: Samples
+    speedup: Interval
+
+    @property
+    def error(self) -> Interval:
+        """Mean error to the teacher with its interval."""
+        return interval(self.errors)
+
+    @property
+    def reference_error(self) -> Interval:
+        """Mean error to the fine reference with its interval."""
+        return interval(self.reference_errors)
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Mean and 95 % bootstrap interval of per-sample values."""
+    value, low, high = mean_interval(values)
+    return Interval(value=value, low=low, high=high)
+
+
+def draw_all(
+    one: Callable[[Sequence[int]], Samples],
+    seeds: Sequence[int],
+    batch: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Draw any number of seeds in batches; `one` draws a batch.
+
+    Raises: MeasurementError when the latents or images hold NaN.
+    """
+    parts = []
+    for start in range(0, len(seeds), batch):
+        parts.append(one(seeds[start : start + batch]))
+        if on_progress:
+            on_progress(min(start + batch, len(seeds)), len(seeds))
+    samples = Samples.join(parts)
+    if not bool(samples.latents.isfinite().all() and samples.images.isfinite().all()):
+        raise MeasurementError("the model drew NaN or infinity; try --dtype float32")
+    return samples
+
+
+class Pulse:
+    """Says what a teacher call would take at this moment, from a few denoiser calls.
+
+    Rows of a table are drawn minutes apart on machines whose speed drifts. A pulse before and
+    after every timed call follows the drift; its ratio to whole teacher calls is measured first.
+    """
+
+    def __init__(self, pipe: Pipe, calls: int = 3) -> None:
+        self._denoiser, self._calls = find_denoiser(pipe), calls
+        self._call: tuple[Any, Any] | None = None
+        self._ratio = 1.0
+        self.taken: list[tuple[float, float]] = []
+
+    @torch.inference_mode()
+    def beat(self) -> float:
+        """Seconds of a few denoiser calls, now."""
+        assert self._call is not None
+        args, kwargs = self._call
+        return sum(
+            seconds(lambda: self._denoiser(*args, **kwargs), self._denoiser.device)
+            for _ in range(self._calls)
+        )
+
+    def timed(self, pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
+        """Draw, and note (pulse around the call, seconds of the call)."""
+        if self._call is None:
+            with record(pipe, calls=True) as tape:
+                draw(pipe, seeds, 2)
+            self._call = tape.calls[0][:2]
+        before = self.beat()
+        began = time.perf_counter()
+        samples = draw(pipe, seeds, steps)
+        spent = time.perf_counter() - began
+        self.taken.append(((before + self.beat()) / 2, spent))
+        return samples
+
+    def calibrate(self) -> None:
+        """Learn teacher seconds per pulse from the teacher calls noted so far."""
+        self._ratio = float(np.median([spent / beat for beat, spent in self.taken]))
+
+    def speedup(self) -> Interval:
+        """Teacher seconds over the noted calls' seconds, with its interval; forgets the notes."""
+        ratios = np.array([self._ratio * beat / spent for beat, spent in self.taken])
+        self.taken = []
+        return median_interval(ratios)
+
+
+class Evaluator:
+    """Holds the teacher's and the fine reference's samples of some seeds, and scores against them.
+
+    Policies of one search share the seeds, so that their scores are paired.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        seeds: Sequence[int],
+        steps: int,
+        batch: int,
+        features: Features | None = None,
+        fine_steps: int = 250,
+        fine_seeds: int = 16,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.pipe, self.seeds, self.steps, self.batch = pipe, list(seeds), steps, batch
+        self.features = features
+        self._on_progress = on_progress
+        self.pulse = Pulse(pipe)
+        self.teacher = self._draw(self.seeds, steps)
+        self.pulse.calibrate()
+        self.teacher_speedup = self.pulse.speedup()
+        few = self.seeds[: min(fine_seeds, len(self.seeds))]
+        self.fine = self._draw(few, fine_steps) if fine_steps else None
+        self.pulse.taken = []
+        self.teacher_features = features(self.teacher.images) if features else None
+
+    def score(self, policy: Policy, seeds: int | None = None) -> Score:
+        """Roll the policy out on the first `seeds` seeds (all by default)."""
+        with reuse(self.pipe, policy):
+            found = self._draw(self.seeds[:seeds], policy.sampler.num_inference_steps)
+        return self._compare(found)
+
+    def score_solver(self, scheduler: object, steps: int) -> Score:
+        """Sample with another scheduler, without reuse."""
+        with solver(self.pipe, scheduler):
+            return self._compare(self._draw(self.seeds, steps))
+
+    def teacher_score(self) -> Score:
+        """The teacher against itself and the fine reference."""
+        errors = np.zeros(len(self.seeds))
+        fine = self._reference_errors(self.teacher)
+        return Score(errors, fine, self.teacher, self.teacher_speedup)
+
+    def _draw(self, seeds: Sequence[int], steps: int) -> Samples:
+        def one(some: Sequence[int]) -> Samples:
+            return self.pulse.timed(self.pipe, some, steps)
+
+        return draw_all(one, seeds, self.batch, self._on_progress)
+
+    def fid(self, score: Score) -> float | None:
+        """FID of a score's images in the given features."""
+        if self.features is None:
+            return None
+        return self.features.fid(self.features(score.samples.images))
+
+    def _compare(self, found: Samples) -> Score:
+        errors = relative_error(found.latents, self.teacher.latents[: len(found.latents)])
+        return Score(errors, self._reference_errors(found), found, self.pulse.speedup())
+
+    def _reference_errors(self, found: Samples) -> np.ndarray:
+        fine = self.fine if self.fine is not None else self.teacher
+        n = min(len(fine.latents), len(found.latents))
+        return relative_error(found.latents[:n], fine.latents[:n])
+
+
+@contextmanager
+def solver(pipe: Pipe, scheduler: object) -> Iterator[None]:
+    """Put another scheduler into the pipe inside the block."""
+    own = pipe.scheduler
+    pipe.scheduler = copy.deepcopy(scheduler)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def other_solvers(pipe: Pipe) -> dict[str, object]:
+    """Better solvers of the same model, as users would set them; never candidates."""
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    config = pipe.scheduler.config
+    return {
+        "DPM-Solver++ 2M Karras": DPMSolverMultistepScheduler.from_config(
+            config, use_karras_sigmas=True
+        ),
+        "UniPC": UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"),
+    }

@@ -1,0 +1,339 @@
+"""One instrumented run of a pipe on its device: similarity, latency and memory of every point."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from autofr.errors import MeasurementError
+from autofr.latency import Costs, measure_costs, synchronize
+from autofr.patch import COMPUTE, HOLD, Patch, record
+from autofr.points import SCORE, Pipe, Point, discover, find_denoiser, fingerprint
+from autofr.policy import JUMP, KEY
+from autofr.sampler import draw
+
+OnProgress = Callable[[int, int], None]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PointProfile(_Value):
+    """One point: bytes kept (per call), seconds of its module and of the part that reuse skips."""
+
+    name: str
+    kind: str
+    bytes: int
+    whole_seconds: float
+    skippable_seconds: float
+
+
+class Similarity(_Value):
+    """Similarity of a point's tensor at a step to the one `gap` steps before, mean over samples.
+
+    `cosine[gap - 1][step]` and `relative_l1[gap - 1][step]` (sum |a - b| / sum |b|, as in the
+    paper's figure); None where step < gap.
+    """
+
+    cosine: list[list[float | None]]
+    relative_l1: list[list[float | None]]
+
+
+class Profile(_Value):
+    """What was measured of a pipe on a device; `autofr_profile` is the format's version."""
+
+    autofr_profile: Literal[1] = 1
+    denoiser: str
+    fingerprint: str
+    scheduler: str
+    steps: int
+    batch: int
+    device: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    key_seconds: float
+    jump_seconds: float
+    fixed_seconds: float
+    mask_seconds: dict[str, float]
+    masks: dict[str, tuple[str, ...]]
+    mask_bytes: dict[str, int]
+    points: list[PointProfile]
+    similarity: dict[str, Similarity]
+
+    @property
+    def costs(self) -> Costs:
+        """Seconds of the parts of a call."""
+        return Costs(self.key_seconds, self.jump_seconds, self.fixed_seconds, self.mask_seconds)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file, atomically."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.model_dump_json() + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a measurement depends on."""
+    import diffusers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def device_name(pipe: Pipe) -> str:
+    """The device that the denoiser is on, by its product name."""
+    device = find_denoiser(pipe).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"cpu ({name})"
+
+
+def profile(
+    pipe: Pipe,
+    masks: Mapping[str, Sequence[str]],
+    *,
+    steps: int,
+    batch: int,
+    seeds: Sequence[int],
+    max_gap: int = 6,
+    on_progress: OnProgress | None = None,
+) -> Profile:
+    """Measure a pipe: similarity over `seeds`, latency of points and masks at `batch`, memory.
+
+    Raises: ModelError for a denoiser without known points; MeasurementError when it gives NaN.
+    """
+    denoiser = find_denoiser(pipe)
+    points = discover(denoiser)
+    similarity, kept = _similarity(pipe, points, steps, seeds, max_gap, on_progress)
+    call = _first_call(pipe, steps, batch)
+    whole, skippable = _point_seconds(pipe, points, call)
+    costs = costs_of(pipe, points, masks, steps, batch, call, on_progress)
+    for name, seconds in _stage_seconds(points, masks, costs).items():
+        whole[name] = skippable[name] = seconds
+    scale = batch / len(seeds)
+    return Profile(
+        denoiser=type(denoiser).__name__,
+        fingerprint=fingerprint(denoiser, points),
+        scheduler=type(pipe.scheduler).__name__,
+        steps=steps,
+        batch=batch,
+        device=device_name(pipe),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        key_seconds=costs.key,
+        jump_seconds=costs.jump,
+        fixed_seconds=costs.fixed,
+        mask_seconds=costs.masks,
+        masks={name: tuple(mask) for name, mask in masks.items()},
+        mask_bytes={n: round(sum(kept[p] for p in mask) * scale) for n, mask in masks.items()},
+        points=[
+            PointProfile(
+                name=name,
+                kind=point.kind,
+                bytes=round(kept[name] * scale),
+                whole_seconds=whole.get(name, 0.0),
+                skippable_seconds=skippable.get(name, 0.0),
+            )
+            for name, point in points.items()
+        ],
+        similarity=similarity,
+    )
+
+
+# -- similarity ---------------------------------------------------------------------------------
+
+
+def _similarity(
+    pipe: Pipe,
+    points: Mapping[str, Point],
+    steps: int,
+    seeds: Sequence[int],
+    max_gap: int,
+    on_progress: OnProgress | None,
+) -> tuple[dict[str, Similarity], dict[str, int]]:
+    """Compare every point's tensor with those of the `max_gap` steps before it, in one run.
+
+    Only `max_gap` steps are held at a time.
+    """
+    names = [*points, SCORE]
+    empty: list[float | None] = [None] * steps
+    cosine = {name: [list(empty) for _ in range(max_gap)] for name in names}
+    change = {name: [list(empty) for _ in range(max_gap)] for name in names}
+    sizes: dict[str, int] = {}
+    window: deque[dict[str, torch.Tensor]] = deque(maxlen=max_gap)
+    patch = Patch(pipe, [[point] for point in points.values()]).install()
+
+    def compare(step: int, now: dict[str, torch.Tensor]) -> None:
+        for gap, then in enumerate(reversed(window), start=1):
+            for name, tensor in now.items():
+                pair = _compare(tensor, then[name])
+                cosine[name][gap - 1][step], change[name][gap - 1][step] = pair
+        window.append(now)
+        if on_progress:
+            on_progress(step + 1, steps)
+
+    def listen(step: int, score: torch.Tensor) -> None:
+        if not bool(score.isfinite().all()):
+            raise MeasurementError(f"the model returned NaN or infinity at step {step}")
+        now = {**patch.run.kept.tensors, SCORE: score}
+        sizes.update({name: tensor.nbytes for name, tensor in now.items()})
+        compare(step, now)
+        patch.run.kept.tensors.clear()
+
+    try:
+        with patch.keyframe(), record(pipe, on_score=listen):
+            draw(pipe, seeds, steps)
+    finally:
+        patch.remove()
+    found = {n: Similarity(cosine=cosine[n], relative_l1=change[n]) for n in names}
+    return found, sizes
+
+
+def _compare(now: torch.Tensor, then: torch.Tensor) -> tuple[float, float]:
+    a, b = now.flatten(1).float(), then.flatten(1).float()
+    cosine = torch.nn.functional.cosine_similarity(a, b).mean()
+    change = ((a - b).abs().sum(1) / b.abs().sum(1).clamp_min(1e-12)).mean()
+    return round(float(cosine), 4), round(float(change), 4)
+
+
+# -- latency --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _first_call(pipe: Pipe, steps: int, batch: int) -> tuple[tuple, dict]:  # type: ignore[type-arg]
+    """Arguments of a denoiser call from the middle of a run."""
+    with record(pipe, calls=True) as tape:
+        draw(pipe, range(batch), min(steps, 3))
+    args, kwargs, _ = tape.calls[len(tape.calls) // 2]
+    return args, kwargs
+
+
+@contextmanager
+def _stopwatches(
+    modules: Mapping[str, nn.Module], device: torch.device
+) -> Iterator[dict[str, list[float]]]:
+    """Collect the seconds of each module's forwards inside the block."""
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    started: dict[str, float] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def before(*_: object, name: str = name) -> None:
+            synchronize(device)
+            started[name] = time.perf_counter()
+
+        def after(*_: object, name: str = name) -> None:
+            synchronize(device)
+            times[name].append(time.perf_counter() - started[name])
+
+        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield times
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def _point_seconds(
+    pipe: Pipe,
+    points: Mapping[str, Point],
+    call: tuple[tuple, dict],  # type: ignore[type-arg]
+    rounds: int = 10,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each point's module, and of the part that reuse skips."""
+    denoiser = find_denoiser(pipe)
+    args, kwargs = call
+    paths = {path for p in points.values() if p.kind != "stage" for path in (p.module, p.keep_at)}
+    shortcuts = {p.module for p in points.values() if p.kind == "branch"}
+    modules = {path: denoiser.get_submodule(path) for path in paths}
+    modules |= {
+        f"{path}.conv_shortcut": module.conv_shortcut
+        for path in shortcuts
+        if (module := denoiser.get_submodule(path)).conv_shortcut is not None
+    }
+    with _stopwatches(modules, denoiser.device) as times:
+        for _ in range(rounds):
+            denoiser(*args, **kwargs)
+    median = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    whole = {name: median[p.module] for name, p in points.items() if p.kind != "stage"}
+    skippable = dict(whole)
+    for name, point in points.items():
+        if point.kind == "conv":
+            skippable[name] = median[point.keep_at]
+        elif point.kind == "branch":
+            skippable[name] -= median.get(f"{point.module}.conv_shortcut", 0.0)
+    return whole, skippable
+
+
+def costs_of(
+    pipe: Pipe,
+    points: Mapping[str, Point],
+    masks: Mapping[str, Sequence[str]],
+    steps: int,
+    batch: int,
+    call: tuple[tuple, dict] | None = None,  # type: ignore[type-arg]
+    on_progress: OnProgress | None = None,
+) -> Costs:
+    """Measure the parts of a pipe call at this batch, with every mask."""
+    denoiser = find_denoiser(pipe)
+    args, kwargs = call or _first_call(pipe, steps, batch)
+    seeds = range(batch)
+    index = {name: i for i, name in enumerate(masks, start=1)}
+    patch = Patch(pipe, [[points[p] for p in mask] for mask in masks.values()])
+
+    def evaluate(step: str) -> None:
+        with patch.keyframe() if step == KEY else patch.reduced(index[step]):
+            denoiser(*args, **kwargs)
+
+    def whole(steps: Sequence[str]) -> None:
+        patch.remove()
+        rows = [(COMPUTE, ()) if s == KEY else (HOLD, (0.0, 1.0)) for s in steps]
+        timed = Patch(pipe, [], rows if JUMP in steps else [(COMPUTE, ())] * len(steps))
+        timed.install()
+        try:
+            draw(pipe, seeds, len(steps))
+        finally:
+            timed.remove()
+            patch.install()
+
+    patch.install()
+    try:
+        with torch.inference_mode():
+            return measure_costs(
+                whole, evaluate, steps, [*masks], device=denoiser.device, on_round=on_progress
+            )
+    finally:
+        patch.remove()
+
+
+def _stage_seconds(
+    points: Mapping[str, Point], masks: Mapping[str, Sequence[str]], costs: Costs
+) -> dict[str, float]:
+    """What a stage point skips: a keyframe's seconds minus those of its mask."""
+    single = {mask[0]: name for name, mask in masks.items() if len(mask) == 1}
+    return {
+        point: max(0.0, costs.key - costs.masks[single[point]])
+        for point, value in points.items()
+        if value.kind == "stage" and point in single
+    }

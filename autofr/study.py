@@ -1,0 +1,263 @@
+"""A run's folder and its ledger: one Optuna study on SQLite, owned by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from autofr.errors import RunFolderError
+from autofr.latency import Budget
+from autofr.points import Pipe, discover, find_denoiser, fingerprint, weights_hash
+from autofr.space import Space
+
+STUDY = "autofr"
+PURPOSES = ("calibration", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; the seeds of the three purposes are disjoint by construction."""
+
+    name: str
+    budget: Budget
+    space: Space
+    steps: int = 50
+    batch: int = 8
+    seed: int = 0
+    trials: int = 24
+    time_limit: float | None = None
+    calibration_seeds: int = 8
+    trial_seeds: int = 16
+    validation_seeds: int = 48
+    test_seeds: int = 128
+    command: str = ""
+
+    def seeds(self, purpose: str) -> list[int]:
+        """Seeds of "calibration", "validation" or "test"."""
+        count = getattr(self, f"{purpose}_seeds")
+        start = self.seed * 1_000_000 + PURPOSES.index(purpose) * 100_000
+        return list(range(start, start + count))
+
+
+class Spec(BaseModel):
+    """What a run's results depend on; a folder holds one spec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    denoiser: str
+    fingerprint: str
+    weights: str
+    scheduler: str
+    budget: str
+    steps: int
+    batch: int
+    space: str
+    space_digest: str
+    seed: int
+    device: str
+    dtype: str
+    threads: int
+
+
+def spec_of(pipe: Pipe, settings: Settings) -> Spec:
+    """What a run of this pipe depends on."""
+    denoiser = find_denoiser(pipe)
+    text = settings.space.model_dump_json()
+    return Spec(
+        model=settings.name,
+        denoiser=type(denoiser).__name__,
+        fingerprint=fingerprint(denoiser, discover(denoiser)),
+        weights=weights_hash(denoiser),
+        scheduler=type(pipe.scheduler).__name__,
+        budget=settings.budget.text,
+        steps=settings.steps,
+        batch=settings.batch,
+        space=settings.space.name,
+        space_digest=hashlib.sha256(text.encode()).hexdigest()[:12],
+        seed=settings.seed,
+        device=str(denoiser.device),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+@contextmanager
+def run_folder(folder: Path, spec: Spec) -> Iterator[Path]:
+    """Own a results folder: create it, lock it, and hold it to one spec.
+
+    Raises: RunFolderError when it cannot be written, is in use, or holds another run.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: cannot write there ({error.strerror}); give another folder with --out"
+        ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{folder}: another autofr process is working there; wait for it, or give another"
+                " folder with --out"
+            ) from None
+        _check_spec(folder, spec)
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def _check_spec(folder: Path, spec: Spec) -> None:
+    path = folder / "spec.json"
+    if not path.exists():
+        if any(item.name != ".lock" for item in folder.iterdir()):
+            raise RunFolderError(
+                f"{folder}: holds other files and no run of autofr; give an empty or new folder"
+                " with --out"
+            )
+        part = path.with_suffix(".part")
+        part.write_text(spec.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+        return
+    try:
+        there = Spec.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        raise RunFolderError(
+            f"{path} is damaged or of another version; give another folder with --out"
+        ) from None
+    old, new = there.model_dump(), spec.model_dump()
+    different = [f"{k}: {old[k]} there, {new[k]} asked" for k in new if old[k] != new[k]]
+    if different:
+        raise RunFolderError(
+            f"{folder} holds another run ({'; '.join(different)}); give another folder with --out,"
+            " or ask for the same run to resume it"
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished trial: its number, parameters, value (error) and what was noted with it."""
+
+    number: int
+    params: Mapping[str, Any]
+    value: float
+    notes: Mapping[str, Any]
+
+
+class Ledger:
+    """The study: proposes parameters, keeps every trial; survives kill -9 at any moment."""
+
+    def __init__(self, folder: Path, seed: int, space: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        path = (folder / "study.db").resolve()
+        try:
+            self._study = optuna.create_study(
+                study_name=STUDY, storage=f"sqlite:///{path}", load_if_exists=True
+            )
+            self._reap()
+            trials = len(self._study.trials)
+        except Exception as error:  # SQLAlchemy's tree is not ours to import
+            raise RunFolderError(
+                f"{path}: the study cannot be opened ({type(error).__name__}: {error}); move the"
+                " file away to start afresh"
+            ) from None
+        # A resumed algorithm with the same seed would propose the same trials again.
+        self._study.sampler = optuna.samplers.TPESampler(
+            seed=seed * 100_003 + trials, multivariate=True, n_startup_trials=8
+        )
+        self._study.set_user_attr("space", space)
+
+    def _reap(self) -> None:
+        """As the sole owner, fail trials that a killed process left running; run them again."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            attrs = {"retry_of": trial.number}
+            if "row" in trial.user_attrs:
+                attrs["row"] = trial.user_attrs["row"]
+            self._study.enqueue_trial(trial.params, user_attrs=attrs)
+
+    def enqueue_rows(self, names: Sequence[str]) -> None:
+        """Queue the published schedules by name, each once."""
+        live = (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)
+        there = {t.user_attrs.get("row") for t in self._study.get_trials(states=live)}
+        for name in names:
+            if name not in there:
+                self._study.enqueue_trial({}, user_attrs={"row": name})
+
+    def enqueue(self, params: Mapping[str, Any]) -> None:
+        """Queue parameters that are worth trying first, once."""
+        self._study.enqueue_trial(dict(params), skip_if_exists=True)
+
+    def ask(self) -> optuna.Trial:
+        """Start the next trial: a queued one, or the algorithm's proposal."""
+        return self._study.ask()
+
+    def tell(self, trial: optuna.Trial, value: float, notes: Mapping[str, Any]) -> None:
+        """Finish a trial; the notes are written first, so that no value is without them."""
+        for name, note in notes.items():
+            trial.set_user_attr(name, note)
+        self._study.tell(trial, float(value))
+
+    def give_up(self, trial: optuna.Trial, reason: str, failed: bool = False) -> None:
+        """Close a trial without a value, with the reason."""
+        trial.set_user_attr("reason", reason)
+        self._study.tell(trial, state=TrialState.FAIL if failed else TrialState.PRUNED)
+
+    def records(self) -> list[Record]:
+        """All finished trials in order."""
+        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [Record(t.number, t.params, float(t.value), t.user_attrs) for t in done]  # type: ignore[arg-type]
+
+    def proposed(self) -> int:
+        """How many trials the algorithm (or its queue) has had, published rows aside."""
+        over = (TrialState.COMPLETE, TrialState.PRUNED)
+        return sum("row" not in t.user_attrs for t in self._study.get_trials(states=over))
+
+    def waiting(self) -> int:
+        """How many queued trials have not run yet."""
+        return len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def write_csv(self, path: Path) -> None:
+        """All trials as a table: number, state, error, label, parameters, reason."""
+        import csv
+
+        trials = self._study.get_trials(deepcopy=False)
+        names = sorted({name for trial in trials for name in trial.params})
+        part = path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            columns = ["trial", "state", "error", "label", "digest", "duplicate_of", "seconds"]
+            writer.writerow([*columns, *names, "reason"])
+            for t in trials:
+                notes = t.user_attrs
+                spent = round(t.duration.total_seconds(), 2) if t.duration else ""
+                value = "" if t.value is None else t.value
+                middle = [notes.get(k, "") for k in ("label", "digest", "duplicate_of")]
+                params = [t.params.get(name, "") for name in names]
+                row = [t.number, t.state.name, value, *middle, spent, *params]
+                writer.writerow([*row, notes.get("reason", "")])
+        part.replace(path)
+
+
+def fixed(params: Mapping[str, Any]) -> optuna.trial.FixedTrial:
+    """A trial that hands the given parameters to `decode` again."""
+    return optuna.trial.FixedTrial(dict(params))
+
+
+def dump(value: BaseModel) -> Any:
+    """A pydantic value as plain JSON data, for a trial's notes."""
+    return json.loads(value.model_dump_json())

@@ -1,0 +1,178 @@
+"""Choose among finalists, hold the choice to the budget by measurement, and test it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autofr.errors import BudgetError, MeasurementError
+from autofr.evaluate import draw_all, interval
+from autofr.latency import Budget, Costs, Paired, paired
+from autofr.points import Pipe, find_denoiser
+from autofr.policy import Interval, Measured, Policy
+from autofr.profiling import device_name, versions
+from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
+from autofr.sampler import Samples, apply, draw, remove, reuse
+from autofr.study import Record, Settings
+
+NEAR = 1.15  # finalists have at most this many times the least error
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The chosen trial, its policy as it was measured, and the measurement."""
+
+    record: Record
+    policy: Policy
+    timing: Paired
+    predicted_speedup: float
+
+
+def finalists(records: Sequence[Record], seconds: float, keep: int = 3) -> list[Record]:
+    """The few different trials of least error that meet the time per call by prediction."""
+    fast = [r for r in records if r.notes["seconds"] <= seconds and "duplicate_of" not in r.notes]
+    fast.sort(key=lambda r: r.value)
+    return [r for r in fast if r.value <= NEAR * fast[0].value][:keep]
+
+
+def time_policy(
+    pipe: Pipe,
+    policy: Policy,
+    steps: int,
+    batch: int,
+    on_pair: Callable[[int, float], None] | None = None,
+    max_seconds: float = 120.0,
+) -> Paired:
+    """Time the teacher's whole call against the policy's, in interleaved pairs."""
+
+    def before(which: int) -> None:
+        apply(pipe, policy) if which else remove(pipe)
+
+    def call() -> Samples:
+        return draw(pipe, range(batch), steps)
+
+    try:
+        return paired(
+            call,
+            call,
+            device=find_denoiser(pipe).device,
+            before=before,
+            on_pair=on_pair,
+            max_seconds=max_seconds,
+        )
+    finally:
+        remove(pipe)
+
+
+def within_budget(
+    pipe: Pipe,
+    settings: Settings,
+    candidates: Sequence[tuple[Record, Policy]],
+    again: Callable[[Record, float], Policy | None],
+    costs: Costs,
+    on_pair: Callable[[int, float], None],
+) -> Verdict:
+    """Take the first candidate whose measured speed-up keeps the budget with its lower end.
+
+    Where one misses, its next policy on the front is tried: `again(record, seconds)` plans the
+    same parameters at a tighter time, or gives None where there is no front.
+    Raises: BudgetError when none keeps it; says what was measured.
+    """
+    closest = 0.0
+    for record, first in candidates:
+        policy: Policy | None = first
+        seconds = costs.of_call(policy_steps(first))
+        for _ in range(ATTEMPTS):
+            if policy is None:
+                break
+            timing = time_policy(pipe, policy, settings.steps, settings.batch, on_pair)
+            wanted = wanted_speedup(settings.budget, timing)
+            if timing.ratio.low >= wanted:
+                predicted = costs.teacher(settings.steps) / costs.of_call(policy_steps(policy))
+                return Verdict(record, policy, timing, predicted)
+            closest = max(closest, timing.ratio.low)
+            seconds *= min(0.995, timing.ratio.low / wanted)
+            policy = again(record, seconds)
+    raise BudgetError(
+        f"no policy kept the budget {settings.budget.text} when measured: the lower end of the best"
+        f" one's speed-up was {closest:.2f}x; ask for a smaller speed-up, or quieten the machine"
+    )
+
+
+def wanted_speedup(budget: Budget, timing: Paired) -> float:
+    """The speed-up that the budget asks for, given the teacher's measured time."""
+    return budget.speedup_over(timing.first_seconds)
+
+
+def policy_steps(policy: Policy) -> list[str]:
+    """Step names as they cost: a mask with weight 0 is a jump."""
+    rows = (policy.weights(i) for i in range(len(policy.steps)))
+    pairs = zip(policy.steps, rows, strict=True)
+    return ["jump" if row and row[0] == 0 else step for step, row in pairs]
+
+
+def test(
+    pipe: Pipe,
+    policy: Policy,
+    timing: Paired,
+    predicted_speedup: float,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    batch: int,
+    features: Features | None,
+    on_progress: Callable[[int, int], None],
+) -> tuple[Measured, tuple[Samples, Samples]]:
+    """Draw the test seeds once, with and without the policy, and measure what it cost.
+
+    Returns: the numbers, and the samples (teacher's, policy's).
+    Raises: MeasurementError when the policy draws NaN.
+    """
+    total = 2 * len(seeds)
+
+    def one(some: Sequence[int]) -> Samples:
+        return draw(pipe, some, steps)
+
+    teacher = draw_all(one, seeds, batch, lambda done, _: on_progress(done, total))
+    with reuse(pipe, policy) as patch:
+        found = draw_all(one, seeds, batch, lambda done, _: on_progress(len(seeds) + done, total))
+        kept_bytes = patch.run.peak_bytes
+    error = interval(relative_error(found.latents, teacher.latents))
+    low, high = band_errors(found.images, teacher.images)
+    fid, difference = (0.0, 0.0), Interval(value=0.0, low=0.0, high=0.0)
+    if features is not None:
+        ours, theirs = features(found.images), features(teacher.images)
+        fid = (features.fid(theirs), features.fid(ours))
+        value, least, most = fid_difference(features, theirs, ours)
+        difference = Interval(value=value, low=least, high=most)
+    if error.value > 1:
+        raise MeasurementError(
+            f"the policy's latents differ from the teacher's by {100 * error.value:.0f} % on the"
+            " test seeds: this is no usable policy"
+        )
+    measured = Measured(
+        speedup=timing.ratio,
+        teacher_seconds=timing.first_seconds,
+        policy_seconds=timing.second_seconds,
+        predicted_speedup=predicted_speedup,
+        batch=batch,
+        device=device_name(pipe),
+        dtype=policy.sampler.dtype,
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        samples=len(seeds),
+        seeds=f"{seeds[0]} to {seeds[-1]}",
+        features=features.name if features else "none",
+        fid_teacher=fid[0],
+        fid_policy=fid[1],
+        fid_difference=difference,
+        trajectory_error=error,
+        psnr=psnr(found.images, teacher.images),
+        low_frequency_error=low,
+        high_frequency_error=high,
+        kept_bytes=kept_bytes,
+    )
+    return measured, (teacher, found)
