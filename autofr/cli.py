@@ -7,13 +7,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autofr.console import progress, say, table, words
 from autofr.errors import AutofrError, RunFolderError, UserError
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def models(as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    _table([[*rows[0]], *[["" if v is None else str(v) for v in row.values()] for row in rows]])
+    table([[*rows[0]], *[["" if v is None else str(v) for v in row.values()] for row in rows]])
 
 
 @app.command()
@@ -96,13 +95,13 @@ def profile(
     Example: `autofr profile --model ldm4 --out results/ldm4-profile`
     """
     loaded = _load(model, device, dtype, threads)
-    from autofr import profiling, report
+    from autofr import pictures, profiling
     from autofr.calibration import candidate_masks
     from autofr.points import discover, find_denoiser
 
     folder = _writable(out or Path("results") / f"{loaded.name}-profile")
     masks = candidate_masks(discover(find_denoiser(loaded.pipe)))
-    with _progress() as on_progress:
+    with progress() as on_progress:
         found = profiling.profile(
             loaded.pipe,
             masks,
@@ -112,7 +111,7 @@ def profile(
             on_progress=lambda done, total: on_progress("profile", done, total),
         )
     found.save(folder / "profile.json")
-    pictures = report.profile_pictures(found, folder)
+    written = pictures.profile_pictures(found, folder)
     if as_json:
         typer.echo(found.model_dump_json())
         return
@@ -120,8 +119,8 @@ def profile(
     for name, seconds in found.mask_seconds.items():
         kept = f"{found.mask_bytes[name] / 2**20:.2f} MiB"
         rows.append([name, str(len(masks[name])), f"{seconds / found.key_seconds:.2f}", kept])
-    _table(rows)
-    names = ", ".join(path.name for path in pictures)
+    table(rows)
+    names = ", ".join(path.name for path in written)
     typer.echo(
         f"{len(found.points)} points; a full evaluation of batch {batch} takes"
         f" {1000 * found.key_seconds:.1f} ms. Wrote profile.json, {names} to {folder}/"
@@ -186,7 +185,7 @@ def search(
     if dry_run:
         _dry_run(loaded, settings, folder)
         return
-    with run_folder(folder, spec), _progress() as on_progress:
+    with run_folder(folder, spec), progress() as on_progress:
         run = searching.Search(loaded.pipe, settings, folder, features, on_progress)
         outcome = run.run()
         on_progress("report", 0, 1)
@@ -204,7 +203,7 @@ def search(
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
         return
-    _table(report.table(result))
+    table(report.table(result))
     for remark in result.remarks:
         typer.echo(remark)
     typer.echo("")
@@ -234,7 +233,7 @@ def evaluate(
     from autofr.quality import load_features
 
     sampler.check(loaded.pipe, found)
-    with _progress() as on_progress:
+    with progress() as on_progress:
         steps = found.sampler.replaces
         timing = verify.time_policy(
             loaded.pipe,
@@ -266,7 +265,7 @@ def evaluate(
         else:
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         rows.append([name.replace("_", " "), shown])
-    _table(rows)
+    table(rows)
 
 
 @app.command()
@@ -290,7 +289,7 @@ def sample(
     """
     found = _policy(policy) if policy else None
     loaded = _load(model, device, dtype, threads)
-    from autofr import report, sampler
+    from autofr import pictures, sampler
     from autofr.evaluate import draw_all
 
     _writable(out.resolve().parent)
@@ -298,14 +297,14 @@ def sample(
         sampler.apply(loaded.pipe, found)
         steps = found.sampler.replaces
     began = time.perf_counter()
-    with _progress() as on_progress:
+    with progress() as on_progress:
         drawn = draw_all(
             lambda seeds: sampler.draw(loaded.pipe, seeds, steps),
             range(seed * 1_000_000, seed * 1_000_000 + count),
             batch,
             lambda done, total: on_progress("sample", done, total),
         )
-    report.grid(drawn.images, out)
+    pictures.grid(drawn.images, out)
     spent = time.perf_counter() - began
     typer.echo(f"{count} images in {spent:.1f} s -> {out}")
 
@@ -323,7 +322,7 @@ def show(
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return
-    for line in _words(found):
+    for line in words(found):
         typer.echo(line)
 
 
@@ -353,25 +352,19 @@ def main() -> None:
     except AutofrError as error:
         if _debug():
             raise
-        _say(f"autofr: {error}")
+        say(f"autofr: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _say("autofr: stopped; what was finished is kept, the same command resumes")
+        say("autofr: stopped; what was finished is kept, the same command resumes")
         sys.exit(130)
     except Exception as error:
         if _debug():
             raise
-        _say(
-            f"autofr failed: {type(error).__name__}: {error}\n(autofr --debug shows the traceback)"
-        )
+        say(f"autofr failed: {type(error).__name__}: {error}\n(autofr --debug shows the traceback)")
         sys.exit(1)
 
 
 # -- helpers --------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _debug() -> bool:
@@ -407,64 +400,6 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _table(rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, title in enumerate(rows[0]):
-        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress on stderr: bars with the time left on a terminal, a line per stage elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    tasks: dict[str, Any] = {}
-    if not console.is_terminal:
-        began: dict[str, float] = {}
-
-        def line(stage: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            if stage not in began:
-                began[stage] = now
-                _say(f"{stage} ...")
-            elif done >= total and stage not in tasks:
-                tasks[stage] = True
-                _say(f"{stage} done in {now - began[stage]:.0f} s")
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-
-        def bar(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield bar
-
-
 def _dry_run(loaded: Loaded, settings: Any, folder: Path) -> None:
     from autofr.latency import seconds
     from autofr.sampler import draw
@@ -492,38 +427,3 @@ def _dry_run(loaded: Loaded, settings: Any, folder: Path) -> None:
         f"folder: {folder} (nothing written)\n"
         f"expected time: about {(rows + planned + fixed) / 60:.0f} minutes"
     )
-
-
-def _words(policy: Policy) -> list[str]:
-    steps, n = policy.steps, len(policy.steps)
-    marks = {"key": "K", "jump": "·"}
-    letters = {name: chr(ord("a") + i) for i, name in enumerate(policy.masks)}
-    strip = "".join(marks.get(step) or letters[step] for step in steps)
-    counts = {name: steps.count(name) for name in dict.fromkeys(steps)}
-    lines = [
-        f"model     {policy.model.name} ({policy.model.denoiser}, {policy.model.fingerprint})",
-        f"sampler   {policy.sampler.scheduler}, {n} steps for a call of {policy.sampler.replaces}",
-        f"steps     {strip}",
-        "          K key, · jump, "
-        + ", ".join(f"{letter} {name}" for name, letter in letters.items()),
-        "counts    " + ", ".join(f"{count} {name}" for name, count in counts.items()),
-        f"keyframes {', '.join(map(str, policy.keyframes))}",
-        f"mix       {policy.mix.kind}",
-    ]
-    for name, points in policy.masks.items():
-        shown = ", ".join(points[:2]) + (f" and {len(points) - 2} more" if points[2:] else "")
-        lines.append(f"mask      {name}: {shown}")
-    found = policy.measured
-    if found:
-        speed, fid = found.speedup, found.fid_difference
-        lines += [
-            f"measured  {speed.value:.2f}x ({speed.low:.2f} to {speed.high:.2f}) on {found.device},"
-            f" batch {found.batch}, {found.dtype}, {found.threads} threads",
-            f"error     {found.trajectory_error.value:.4f} of the latents, PSNR {found.psnr:.1f} dB,"
-            f" {found.samples} test seeds",
-            f"FID       {found.fid_policy:.3f} against {found.fid_teacher:.3f} ({found.features});"
-            f" difference {fid.value:+.3f} ({fid.low:+.3f} to {fid.high:+.3f})",
-        ]
-    if policy.provenance:
-        lines.append(f"made by   {policy.provenance.command} ({policy.provenance.date})")
-    return lines

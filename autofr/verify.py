@@ -44,6 +44,7 @@ def time_policy(
     steps: int,
     batch: int,
     on_pair: Callable[[int, float], None] | None = None,
+    half_width: float = 0.03,
     max_seconds: float = 120.0,
 ) -> Paired:
     """Time the teacher's whole call against the policy's, in interleaved pairs."""
@@ -61,6 +62,7 @@ def time_policy(
             device=find_denoiser(pipe).device,
             before=before,
             on_pair=on_pair,
+            half_width=half_width,
             max_seconds=max_seconds,
         )
     finally:

@@ -25,14 +25,19 @@ LAYERS = [
     {"patch"},
     {"sampler"},
     {"latency", "quality"},
-    {"profiling"},
-    {"planner"},
+    {"calibration", "profiling"},
+    {"planner", "correction"},
     {"baselines"},
     {"space"},
     {"evaluate"},
+    {"study"},
+    {"compare", "verify"},
     {"search"},
+    {"wording"},
+    {"pictures"},
     {"report"},
     {"zoo"},
+    {"console"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -42,8 +47,8 @@ ENTRIES = {"__init__", "__main__"}  # these stand outside: nothing imports them
 DOORS = {
     "diffusers.hooks": {"patch"},
     "diffusers.HookRegistry": {"patch"},
-    "optuna": {"search"},
-    "matplotlib": {"report"},
+    "optuna": {"study"},
+    "matplotlib": {"pictures"},
     "typer": {"cli", "zoo.train"},
 }
 LIGHT = {"errors", "policy"}

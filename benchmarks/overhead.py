@@ -1,0 +1,64 @@
+"""Cost of the runtime itself: the all-keyframe policy against the bare pipe.
+
+    python benchmarks/overhead.py --model ldm4
+
+Whole `pipe(...)` calls in interleaved pairs; the law is bit-identity and at most 1 % more time.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from protocol import load, write
+
+from autofr import policy as policies
+from autofr import verify
+from autofr.sampler import compose, draw, reuse
+
+
+def main() -> None:
+    """Measure at batch 1 and 8."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="ldm4")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=90.0, help="time limit per batch size")
+    args = parser.parse_args()
+    pipe = load(args.model, args.threads)
+    bare = draw(pipe, range(2), args.steps)
+    policy = compose(
+        pipe,
+        args.model,
+        [policies.KEY] * args.steps,
+        {},
+        policies.Constant(),
+        replaces=args.steps,
+        latent_shape=tuple(bare.latents.shape[1:]),
+    )
+    with reuse(pipe, policy):
+        same = torch.equal(draw(pipe, range(2), args.steps).latents, bare.latents)
+    rows = []
+    for batch in (1, 8):
+        found = verify.time_policy(
+            pipe, policy, args.steps, batch, half_width=0.004, max_seconds=args.seconds
+        )
+        ratio = found.ratio
+        rows.append(
+            {
+                "batch": batch,
+                "bare ms": round(1000 * found.first_seconds, 1),
+                "all-keyframe ms": round(1000 * found.second_seconds, 1),
+                "overhead %": round(100 * (1 / ratio.value - 1), 2),
+                "95 % interval": f"{100 * (1 / ratio.high - 1):.2f} to {100 * (1 / ratio.low - 1):.2f}",
+                "CPU time overhead %": round(100 * (1 / found.cpu_ratio - 1), 2),
+                "pairs": found.pairs,
+                "bit-identical": same,
+            }
+        )
+    command = f"python benchmarks/overhead.py --model {args.model} --threads {args.threads}"
+    write("overhead", pipe, command, rows, "All-keyframe policy against the bare pipe.")
+
+
+if __name__ == "__main__":
+    main()
