@@ -136,7 +136,7 @@ class Sampler(_Value):
     """
 
     scheduler: str
-    config: dict[str, str | int | float | bool | None]
+    config: dict[str, str | int | Finite | bool | None]
     num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
     replaces: Annotated[int, Field(ge=1, le=10_000)]
     prediction_type: str
@@ -244,8 +244,10 @@ class Policy(_Value):
                     f"mix.weights[{i}]: {len(row)} weights, expected 1 to {keys + 1}"
                     " (reduced score, then one per keyframe so far)"
                 )
-            elif step == JUMP and (row[0] != 0 or len(row) < 2):
-                raise ValueError(f"mix.weights[{i}]: a jump starts with 0 and needs a keyframe's")
+            elif step == JUMP and row[0] != 0:
+                raise ValueError(f"mix.weights[{i}]: a jump starts with 0, got {row[0]}")
+            elif row[0] == 0 and len(row) < 2:
+                raise ValueError(f"mix.weights[{i}]: 0 alone is no mix; it needs a keyframe's")
 
     @property
     def keyframes(self) -> tuple[int, ...]:
@@ -285,17 +287,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _no_nan(text: str) -> float:
-    raise PolicyError(f"{text} is not a number that JSON knows; a finite one is expected")
-
-
 def loads(text: str | bytes) -> Policy:
     """Read a policy from JSON text.
 
     Raises: PolicyError naming the field, for any text that is not a valid policy.
     """
     try:
-        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_nan)
+        fields = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, PolicyError):
             raise

@@ -280,7 +280,8 @@ class Search:
                 name = f"planned {speedup:g}x"
                 rows.append(policy_row(name, "planned", policy, score, evaluator, costs))
         score = evaluator.score(verdict.policy)
-        rows.append(policy_row("chosen", "chosen", verdict.policy, score, evaluator, costs))
+        row = policy_row("chosen", "chosen", verdict.policy, score, evaluator, costs)
+        rows.append(row.model_copy(update={"speedup": verdict.timing.ratio}))
         affordable = max(2, int((target - costs.fixed) / costs.key))
         for name, scheduler in other_solvers(self.pipe).items():
             for steps in sorted({affordable, max(2, affordable // 2)}, reverse=True):
