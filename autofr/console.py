@@ -99,15 +99,19 @@ def words(policy: Policy) -> list[str]:
         lines.append(f"mask      {name}: {shown}")
     found = policy.measured
     if found:
-        speed, fid = found.speedup, found.fid_difference
+        speed = found.speedup
         lines += [
             f"measured  {speed.value:.2f}x ({speed.low:.2f} to {speed.high:.2f}) on {found.device},"
             f" batch {found.batch}, {found.dtype}, {found.threads} threads",
             f"error     {found.trajectory_error.value:.4f} of the latents,"
             f" PSNR {found.psnr:.1f} dB, {found.samples} test seeds",
-            f"FID       {found.fid_policy:.3f} against {found.fid_teacher:.3f} ({found.features});"
-            f" difference {fid.value:+.3f} ({fid.low:+.3f} to {fid.high:+.3f})",
         ]
+        if fid := found.fid:
+            change = fid.difference
+            lines.append(
+                f"FID       {fid.policy:.3f} against {fid.teacher:.3f} ({fid.features});"
+                f" difference {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
+            )
     if policy.provenance:
         lines.append(f"made by   {policy.provenance.command} ({policy.provenance.date})")
     return lines

@@ -153,8 +153,20 @@ class Interval(_Value):
     high: Finite
 
 
+class Fid(_Value):
+    """FID of teacher and policy on the same seeds, and their difference, in named features."""
+
+    features: str
+    teacher: Finite
+    policy: Finite
+    difference: Interval
+
+
 class Measured(_Value):
-    """What was measured when the policy was chosen, with the protocol."""
+    """What was measured when the policy was chosen, with the protocol.
+
+    `fid` is None where the model has no feature extractor.
+    """
 
     speedup: Interval
     teacher_seconds: Positive
@@ -167,10 +179,7 @@ class Measured(_Value):
     versions: dict[str, str]
     samples: Annotated[int, Field(ge=1)]
     seeds: str
-    features: str
-    fid_teacher: Finite
-    fid_policy: Finite
-    fid_difference: Interval
+    fid: Fid | None = None
     trajectory_error: Interval
     psnr: Finite
     low_frequency_error: Finite

@@ -11,7 +11,7 @@ from torch import Tensor
 from autofr.errors import RunFolderError
 from autofr.evaluate import Result
 from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, profile_pictures, samples
-from autofr.policy import Measured
+from autofr.policy import Fid
 from autofr.profiling import Profile
 from autofr.wording import count, duration, exact, percent, size, speedup_of, times, wanted_speedup
 
@@ -34,20 +34,20 @@ def headline(result: Result) -> str:
         f" {duration(measured.teacher_seconds)} ({speedup.value:.2f}x, 95 % interval"
         f" {speedup.low:.2f}–{speedup.high:.2f}{vain}); its latents differ from the unaccelerated"
         f" ones by {percent(exact(measured.trajectory_error.value))}"
-        f"{_fid_words(measured) if result.features else ''}."
+        f"{_fid_words(measured.fid) if measured.fid else ''}."
     )
 
 
-def _fid_words(measured: Measured) -> str:
+def _fid_words(fid: Fid) -> str:
     """Say `no measurable difference` only where the interval of the difference contains 0."""
-    change = measured.fid_difference
+    change = fid.difference
     verdict = "no measurable difference"
     if not change.low <= 0 <= change.high:
         word = "higher" if change.low > 0 else "lower"
         low, high = sorted((abs(change.low), abs(change.high)))
         verdict = f"{word} by {abs(change.value):.2g}, 95 % interval {low:.2g}–{high:.2g}"
-    fids = f"{measured.fid_policy:.2f} against {measured.fid_teacher:.2f}"
-    return f" (FID in {measured.features} {fids}: {verdict})"
+    fids = f"{fid.policy:.2f} against {fid.teacher:.2f}"
+    return f" (FID in {fid.features} {fids}: {verdict})"
 
 
 def table(result: Result, predicted: str = "{} (predicted)") -> list[list[str]]:
@@ -148,18 +148,20 @@ def _final(result: Result) -> list[list[str]]:
     measured = result.policy.measured
     if measured is None:
         return []
-    change = measured.fid_difference
-    fids = [
-        [f"FID, teacher ({measured.features})", f"{measured.fid_teacher:.2f}"],
-        [f"FID, policy ({measured.features})", f"{measured.fid_policy:.2f}"],
-        ["FID, difference", f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"],
-    ]
+    fids: list[list[str]] = []
+    if fid := measured.fid:
+        change = fid.difference
+        fids = [
+            [f"FID, teacher ({fid.features})", f"{fid.teacher:.2f}"],
+            [f"FID, policy ({fid.features})", f"{fid.policy:.2f}"],
+            ["FID, difference", f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"],
+        ]
     return [
         [f"{measured.samples} samples, seeds {measured.seeds}", "value (95 % interval)"],
         ["speed-up", f"{times(measured.speedup)}; predicted {measured.predicted_speedup:.2f}x"],
         ["time per call, teacher", duration(measured.teacher_seconds)],
         ["time per call, policy", duration(measured.policy_seconds)],
-        *(fids if result.features else []),
+        *fids,
         ["error of final latents to the teacher", percent(measured.trajectory_error)],
         ["PSNR to the teacher's images", f"{measured.psnr:.1f} dB"],
         ["error at low frequencies", percent(exact(measured.low_frequency_error))],

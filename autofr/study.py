@@ -102,7 +102,7 @@ def run_folder(folder: Path, spec: Spec) -> Iterator[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot write there ({error.strerror}); give another folder with --out"

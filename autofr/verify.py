@@ -11,7 +11,7 @@ from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import draw_all, interval
 from autofr.latency import Budget, Costs, Paired, paired
 from autofr.points import Pipe, find_denoiser
-from autofr.policy import Interval, Measured, Policy
+from autofr.policy import Fid, Interval, Measured, Policy
 from autofr.profiling import device_name, versions
 from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
 from autofr.sampler import Samples, apply, draw, remove, reuse
@@ -145,12 +145,16 @@ def test(
         kept_bytes = patch.run.peak_bytes
     error = interval(relative_error(found.latents, teacher.latents))
     low, high = band_errors(found.images, teacher.images)
-    fid, difference = (0.0, 0.0), Interval(value=0.0, low=0.0, high=0.0)
+    fid = None
     if features is not None:
         ours, theirs = features(found.images), features(teacher.images)
-        fid = (features.fid(theirs), features.fid(ours))
         value, least, most = fid_difference(features, theirs, ours)
-        difference = Interval(value=value, low=least, high=most)
+        fid = Fid(
+            features=features.name,
+            teacher=features.fid(theirs),
+            policy=features.fid(ours),
+            difference=Interval(value=value, low=least, high=most),
+        )
     if error.value > 1:
         raise MeasurementError(
             f"the policy's latents differ from the teacher's by {100 * error.value:.0f} % on the"
@@ -168,10 +172,7 @@ def test(
         versions=versions(),
         samples=len(seeds),
         seeds=f"{seeds[0]} to {seeds[-1]}",
-        features=features.name if features else "none",
-        fid_teacher=fid[0],
-        fid_policy=fid[1],
-        fid_difference=difference,
+        fid=fid,
         trajectory_error=error,
         psnr=psnr(found.images, teacher.images),
         low_frequency_error=low,

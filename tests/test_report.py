@@ -19,6 +19,7 @@ from autofr.policy import (
     JUMP,
     KEY,
     Constant,
+    Fid,
     Interval,
     Measured,
     Model,
@@ -125,10 +126,12 @@ def make_measured(low: float = -0.05, high: float = 0.07, **more) -> Measured:
         "versions": {"torch": "2.9"},
         "samples": 1000,
         "seeds": "20000-20999",
-        "features": "bundled ldm4 features",
-        "fid_teacher": 7.1,
-        "fid_policy": 7.1 + (low + high) / 2,
-        "fid_difference": Interval(value=(low + high) / 2, low=low, high=high),
+        "fid": Fid(
+            features="bundled ldm4 features",
+            teacher=7.1,
+            policy=7.1 + (low + high) / 2,
+            difference=Interval(value=(low + high) / 2, low=low, high=high),
+        ),
         "trajectory_error": Interval(value=0.0101, low=0.0095, high=0.0108),
         "psnr": 41.2,
         "low_frequency_error": 0.004,
@@ -313,7 +316,7 @@ def test_headline_admits_what_was_not_gained_or_not_measured() -> None:
     same = make_measured(speedup=Interval(value=1.01, low=0.99, high=1.02))
     assert "no measurable gain" in report.headline(make_result(same))
     assert "not measured" in report.headline(make_result(policy=make_policy()))
-    assert "FID" not in report.headline(make_result(features=None))
+    assert "FID" not in report.headline(make_result(make_measured(fid=None), features=None))
     assert "per batch of 4 images" in report.headline(make_result(make_measured(batch=4)))
 
 
@@ -327,7 +330,8 @@ def test_a_missed_budget_is_said_so(tmp_path: Path) -> None:
 def test_a_search_without_fid_images_and_profile_is_reported(tmp_path: Path, budget: str) -> None:
     """What was not measured is left out, for any kind of budget, and nothing fails."""
     rows = [row.model_copy(update={"fid": None}) for row in make_rows()]
-    result = make_result(rows=rows, features=None, budget=budget, remarks=[])
+    measured = make_measured(fid=None)
+    result = make_result(measured, rows=rows, features=None, budget=budget, remarks=[])
     paths = report.write(result, tmp_path, None, None, None)
     assert {path.name for path in paths} == {"result.json", "pareto.png", "policy.png", "report.md"}
     assert size(tmp_path / "pareto.png")[0] < 1500

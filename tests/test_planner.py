@@ -1,0 +1,379 @@
+"""Laws of the planner, against brute force over every plan of a few steps."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from autofr import planner, sampler
+from autofr.calibration import Calibration
+from autofr.errors import BudgetError
+from autofr.latency import Costs
+from autofr.planner import RIDGE, Rule, choices, front, plan
+from autofr.policy import Constant, HardSigmoid, Linear, Table
+
+laws = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+
+GAPS = 3  # as far as the calibration reaches
+NAMES = ("cheap", "good")
+COSTS = Costs(key=1.0, jump=0.05, fixed=0.3, masks={"cheap": 0.3, "good": 0.6})
+MIXES = ("fit1", "fit2", Constant(), HardSigmoid(tau=10.0, bias=0.3), Linear(start=-0.2, end=1.2))
+
+
+class World:
+    """Random scores of a teacher and of two masks, and the calibration that they give."""
+
+    def __init__(self, seed=0, steps=6, size=12):
+        rng = np.random.default_rng(seed)
+        drift = rng.normal(size=(steps, size)) * rng.uniform(0.05, 0.5)
+        self.teacher = rng.normal(size=size) + drift.cumsum(0)
+        self.reduced = np.full((len(NAMES), steps, GAPS, size), np.nan)
+        for m, noise in enumerate((0.5, 0.1)):
+            for i in range(steps):
+                for g in range(1, min(GAPS, i) + 1):
+                    wrong = (self.teacher[i - g] - self.teacher[i]) * noise * rng.uniform(0.5, 2)
+                    wrong = wrong + noise * 0.1 * rng.normal(size=size)
+                    self.reduced[m, i, g - 1] = self.teacher[i] + wrong
+        self.gain = rng.uniform(0.1, 2, steps)
+        self.calibration = Calibration(
+            masks=NAMES,
+            teacher=self.teacher @ self.teacher.T,
+            cross=np.einsum("migd,jd->migj", self.reduced, self.teacher),
+            own=(self.reduced**2).sum(-1),
+            gain=self.gain,
+            norm=7.0,
+        )
+
+    def parts(self, name, step, gap, before):
+        """The reduced score (zeros at a jump), the last keyframe's and the one's before (zeros)."""
+        jump = name == "jump"
+        zero = np.zeros(self.teacher.shape[1])
+        reduced = zero if jump else self.reduced[NAMES.index(name), step, gap - 1]
+        older = self.teacher[step - gap - before] if before else zero
+        return np.stack([reduced, self.teacher[step - gap], older])
+
+    def weights(self, mix, name, step, gap, before):
+        """The mix of one choice, found on the scores themselves."""
+        jump = name == "jump"
+        if not isinstance(mix, str):
+            share = 0.0 if jump else mix.weight(step / len(self.teacher))
+            return np.array([share, 1 - share, 0.0])
+        free = [1] if jump else [0, 1]
+        if mix == "fit2" and before:
+            free.append(2)
+        start = np.array([0.0, 1.0, 0.0] if jump else [1.0, 0.0, 0.0])
+        parts, wanted = self.parts(name, step, gap, before), self.teacher[step]
+        ridge = np.sqrt(RIDGE * (wanted @ wanted))
+        matrix = np.vstack([parts[free].T, ridge * np.eye(len(free))])
+        right = np.concatenate([wanted - start @ parts, np.zeros(len(free))])
+        start[free] += np.linalg.lstsq(matrix, right, rcond=None)[0]
+        return start
+
+    def error(self, mix, name, step, gap, before, phase=(0.0, 0.0)):
+        """Weighted squared error of one choice, from the scores themselves."""
+        mixed = self.weights(mix, name, step, gap, before) @ self.parts(name, step, gap, before)
+        place = 2 * step / (len(self.teacher) - 1) - 1
+        weight = np.exp(-place * phase[0] if place < 0 else place * phase[1])
+        return weight * self.gain[step] ** 2 * ((mixed - self.teacher[step]) ** 2).sum() / 7.0
+
+
+def walk(steps):
+    """(step, name, gap, gap before) of every reduced or held step."""
+    key = before = 0
+    for i, name in enumerate(steps):
+        if name == "key":
+            key, before = i, i - key
+        else:
+            yield i, name, i - key, before
+
+
+def allowed(steps, rule):
+    """Whether a plan keeps the rule: gaps to the keyframe, between keyframes, forced keyframes."""
+    keys = [i for i, name in enumerate(steps) if name == "key"]
+    most = min(rule.max_gap, GAPS)
+    near = all(gap <= most for _, _, gap, _ in walk(steps))
+    near = near and all(b - a <= most for a, b in itertools.pairwise(keys))
+    forced = [*range(rule.first), *range(len(steps) - rule.last, len(steps))]
+    return near and set(forced) <= set(keys)
+
+
+def every_plan(world, rule, costs=COSTS):
+    """(error, seconds, steps) of all plans that keep the rule, by enumeration."""
+    n, found = len(world.teacher), []
+    known: dict[tuple, float] = {}
+    for rest in itertools.product(("key", *rule.masks), repeat=n - 1):
+        steps = ("key", *rest)
+        if not allowed(steps, rule):
+            continue
+        error = 0.0
+        for i, name, gap, before in walk(steps):
+            choice = (name, i, gap, before)
+            if choice not in known:
+                known[choice] = world.error(rule.mix, *choice, rule.phase)
+            error += known[choice]
+        found.append((error, costs.of_call(steps), steps))
+    return found
+
+
+rules = st.builds(
+    Rule,
+    masks=st.sampled_from([("cheap", "good", "jump"), ("cheap", "jump"), ("good",), ("jump",)]),
+    max_gap=st.integers(1, 4),
+    mix=st.sampled_from(MIXES),
+    phase=st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+    first=st.integers(1, 3),
+    last=st.integers(0, 2),
+)
+worlds = st.builds(World, seed=st.integers(0, 10**6), steps=st.integers(4, 6))
+
+
+@laws
+@given(worlds, rules)
+def test_a_choice_costs_its_distance_from_the_teacher(world, rule):
+    """The error of every choice is |Σ w f - s|², weighted; its weights are the least squares'."""
+    table = choices(world.calibration, COSTS, rule)
+    gaps = min(rule.max_gap, GAPS)
+    assert table.error.shape == (len(table.names), len(world.teacher), gaps, gaps + 1)
+    for m, i, g, before in np.ndindex(table.error.shape):
+        name, gap = table.names[m], g + 1
+        if i < gap + before:
+            assert table.error[m, i, g, before] == np.inf
+            continue
+        expected = world.error(rule.mix, name, i, gap, before, rule.phase)
+        assert table.error[m, i, g, before] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        weights = world.weights(rule.mix, name, i, gap, before)
+        np.testing.assert_allclose(table.weights[m, i, g, before], weights, rtol=1e-5, atol=1e-6)
+
+
+@laws
+@given(worlds, st.sampled_from(["fit1", "fit2"]))
+def test_a_fitted_mix_is_never_worse_than_plain_reuse(world, mix):
+    """Least squares beat reuse and holding as they are, and two keyframes' scores beat one's."""
+    every = Rule(("cheap", "good", "jump"))
+    plain = choices(world.calibration, COSTS, replace(every, mix=Constant()))
+    fitted = choices(world.calibration, COSTS, replace(every, mix=mix))
+    reached = np.isfinite(plain.error)
+    assert (fitted.error[reached] <= plain.error[reached] * (1 + 1e-9) + 1e-12).all()
+
+
+@laws
+@given(worlds, rules, st.floats(-6, 2))
+def test_the_path_is_the_shortest(world, rule, log_price):
+    """For any price on time, no plan has less error + price * seconds than the path found."""
+    price = 10**log_price
+    found = planner._path(choices(world.calibration, COSTS, rule), COSTS, rule, price)
+    best = min(error + price * seconds for error, seconds, _ in every_plan(world, rule))
+    assert found.error + price * found.seconds == pytest.approx(best, rel=1e-9)
+    assert allowed(found.steps, rule)
+
+
+@laws
+@given(worlds, rules, st.floats(1, 5))
+def test_a_plan_says_what_it_costs(world, rule, speedup):
+    """Error and seconds of a plan are those of its steps; it keeps the rule; its mix fits."""
+    try:
+        found = plan(world.calibration, COSTS, rule, COSTS.teacher(len(world.teacher)) / speedup)
+    except BudgetError:
+        assume(False)
+    assert allowed(found.steps, rule)
+    error = sum(world.error(rule.mix, name, *rest, rule.phase) for name, *rest in named(found))
+    assert found.error == pytest.approx(error, rel=1e-6, abs=1e-9)
+    assert found.seconds == pytest.approx(COSTS.of_call(found.steps))
+    if not isinstance(rule.mix, str):
+        assert found.mix == rule.mix
+        return
+    assert isinstance(found.mix, Table)
+    for i, name, gap, before in walk(found.steps):
+        row = found.mix.weights[i]
+        expected = world.weights(rule.mix, name, i, gap, before)
+        assert (*row, 0.0)[:3] == pytest.approx(expected, abs=1e-5)
+
+
+def named(found):
+    """Choices of a plan as `World.error` takes them."""
+    return [(name, i, gap, before) for i, name, gap, before in walk(found.steps)]
+
+
+@laws
+@given(worlds, rules, st.floats(1, 5))
+def test_a_plan_meets_the_budget_or_says_what_can_be_met(world, rule, speedup):
+    """Never slower than asked; refused exactly when every plan is, with the largest speed-up."""
+    teacher = COSTS.teacher(len(world.teacher))
+    every = every_plan(world, rule)
+    fastest = min(seconds for _, seconds, _ in every)
+    try:
+        found = plan(world.calibration, COSTS, rule, teacher / speedup)
+    except BudgetError as error:
+        assert fastest > teacher / speedup
+        assert f"the largest that can under these settings is {teacher / fastest:.2f}x" in str(error)
+        assert f"a budget of {speedup:.2f}x" in str(error)
+        return
+    assert found.seconds <= teacher / speedup * (1 + 1e-9)
+    fitting = [one for one in every if one[1] <= teacher / speedup * (1 + 1e-9)]
+    assert found.error >= min(error for error, _, _ in fitting) - 1e-9
+
+
+@laws
+@given(worlds, rules, st.floats(1, 5))
+def test_a_plan_is_as_good_as_any_on_the_hull(world, rule, speedup):
+    """No plan on the lower convex hull of all plans both fits the budget and has less error."""
+    target = COSTS.teacher(len(world.teacher)) / speedup
+    every = every_plan(world, rule)
+    assume(min(seconds for _, seconds, _ in every) <= target)
+    found = plan(world.calibration, COSTS, rule, target)
+    for error, seconds in hull(every):
+        if seconds <= target:
+            assert found.error <= error * (1 + 1e-3) + 1e-9
+    best = min(error for error, seconds, _ in every if seconds <= target)
+    if best in [error for error, _ in hull(every)]:
+        assert found.error == pytest.approx(best, rel=1e-3, abs=1e-9)
+
+
+def hull(plans):
+    """Lower left convex hull of (seconds, error): what some price on time makes the best."""
+    points: list[tuple[float, float]] = []
+    for error, seconds, _ in sorted(plans, key=lambda p: (p[1], p[0])):
+        if points and error >= points[-1][0]:
+            continue
+        while len(points) > 1 and _above(points[-2], points[-1], (error, seconds)):
+            points.pop()
+        points.append((error, seconds))
+    return points
+
+
+def _above(one, two, three):
+    """Whether the middle one of three (error, seconds) lies on or above the line of the others."""
+    slope = (two[0] - one[0]) * (three[1] - one[1])
+    return slope >= (three[0] - one[0]) * (two[1] - one[1])
+
+
+def test_a_plan_is_near_the_best_off_the_hull():
+    """Between the hull's points the greedy upgrade leaves a few per cent on average."""
+    rule = Rule(("cheap", "good", "jump"))
+    excess = []
+    for seed in range(20):
+        world = World(seed)
+        every = every_plan(world, rule)
+        for speedup in (1.2, 1.5, 2.0, 2.5):
+            target = COSTS.teacher(6) / speedup
+            best = min(error for error, seconds, _ in every if seconds <= target)
+            excess.append(plan(world.calibration, COSTS, rule, target).error / best)
+    assert np.mean(excess) < 1.1 and max(excess) < 3
+
+
+def test_no_need_to_hurry_gives_the_teacher():
+    """At the teacher's own time every step is a keyframe, without error."""
+    world = World()
+    found = plan(world.calibration, COSTS, Rule(("cheap", "jump")), COSTS.teacher(6))
+    assert found.steps == ("key",) * 6 and found.error == 0
+
+
+@laws
+@given(worlds, rules)
+def test_the_front_falls(world, rule):
+    """Along the front more seconds mean less error, and no plan found for a budget beats it."""
+    plans = front(world.calibration, COSTS, rule)
+    assert plans
+    for one, two in itertools.pairwise(plans):
+        assert one.seconds < two.seconds and one.error > two.error
+    for one in plans:
+        assert allowed(one.steps, rule)
+        again = plan(world.calibration, COSTS, rule, one.seconds * (1 + 1e-9))
+        assert again.error <= one.error * (1 + 1e-3) + 1e-9
+
+
+@laws
+@given(worlds, rules, st.floats(1.1, 3), st.floats(-7, 3))
+def test_the_unit_of_time_does_not_matter(world, rule, speedup, log_unit):
+    """A device that is faster or slower in all its parts gets the same plan."""
+    unit = 10**log_unit
+    masks = {name: unit * spent for name, spent in COSTS.masks.items()}
+    scaled = Costs(unit * COSTS.key, unit * COSTS.jump, unit * COSTS.fixed, masks)
+    target = COSTS.teacher(len(world.teacher)) / speedup
+    try:
+        found = plan(world.calibration, COSTS, rule, target)
+    except BudgetError:
+        with pytest.raises(BudgetError):
+            plan(world.calibration, scaled, rule, target * unit)
+        return
+    again = plan(world.calibration, scaled, rule, target * unit * (1 + 1e-12))
+    assert again.error == pytest.approx(found.error, rel=1e-3, abs=1e-9)
+    plans = front(world.calibration, COSTS, rule), front(world.calibration, scaled, rule)
+    assert [p.steps for p in plans[0]] == [p.steps for p in plans[1]]
+
+
+@laws
+@given(worlds, rules, st.floats(1, 5), st.sets(st.integers(0, 5)))
+def test_steps_that_do_not_matter_are_cheap(world, rule, speedup, idle):
+    """A step whose score does not reach the final latents costs no error, and breaks nothing."""
+    gain = np.where(np.isin(np.arange(len(world.gain)), [*idle]), 0.0, world.gain)
+    world.gain = gain
+    calibration = replace(world.calibration, gain=gain)
+    target = COSTS.teacher(len(world.teacher)) / speedup
+    fitting = [error for error, seconds, _ in every_plan(world, rule) if seconds <= target]
+    assume(fitting)
+    found = plan(calibration, COSTS, rule, target)
+    assert allowed(found.steps, rule)
+    assert min(fitting) - 1e-9 <= found.error < np.inf
+
+
+def test_masks_that_were_not_calibrated_are_left_out():
+    """A rule may name more masks than there are; with none at all only keyframes are left."""
+    world = World()
+    target = COSTS.teacher(6) / 1.5
+    more = plan(world.calibration, COSTS, Rule(("absent", "cheap")), target)
+    assert more == plan(world.calibration, COSTS, Rule(("cheap",)), target)
+    with pytest.raises(BudgetError, match="largest that can under these settings is 1.00x"):
+        plan(world.calibration, COSTS, Rule(("absent",)), target)
+    alone = plan(world.calibration, COSTS, Rule(()), COSTS.teacher(6))
+    assert alone.steps == ("key",) * 6
+    assert [p.steps for p in front(world.calibration, COSTS, Rule(()))] == [("key",) * 6]
+
+
+def test_forced_keyframes():
+    """The first and the last steps asked for are keyframes, more than there are steps too."""
+    world, costs = World(), replace(COSTS, jump=0.0)
+    for first, last in itertools.product((1, 2, 3), (0, 1, 2)):
+        rule = Rule(("jump",), first=first, last=last)
+        steps = plan(world.calibration, costs, rule, costs.teacher(6) * 0.9).steps
+        assert set(steps[:first]) == {"key"} and set(steps[6 - last :]) <= {"key"}
+    rule = Rule(("jump",), first=9, last=9)
+    assert plan(world.calibration, costs, rule, costs.teacher(6)).steps == ("key",) * 6
+
+
+def test_gaps_are_bounded():
+    """However cheap a jump is, no step leans on a keyframe further away than the rule says."""
+    world = World(steps=12)
+    for most in (1, 2, 3):
+        rule = Rule(("jump",), max_gap=most)
+        fastest = front(world.calibration, COSTS, rule)[0]
+        gaps = [gap for _, _, gap, _ in walk(fastest.steps)]
+        assert max(gaps, default=0) == most
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("speedup", [1.2, 2.0, 2.5])
+def test_a_plan_makes_a_policy_that_runs(pipe, mix, speedup):
+    """Steps and mix of a plan make a valid policy, and the pipe computes what the plan says."""
+    from autofr.points import discover
+
+    points = {p.kind: name for name, p in discover(pipe.unet).items()}
+    masks = {"cheap": (points["stage"],), "good": (points["attn"],), "unused": (points["conv"],)}
+    world = World(seed=3)
+    rule = Rule(("cheap", "good", "jump"), mix=mix)
+    found = plan(world.calibration, COSTS, rule, COSTS.teacher(6) / speedup)
+    policy = sampler.compose(
+        pipe, "tiny", found.steps, masks, found.mix, replaces=6, latent_shape=(3, 8, 8)
+    )
+    assert policy.steps == found.steps and set(policy.masks) <= set(found.steps)
+    with sampler.reuse(pipe, policy) as patch:
+        sampler.draw(pipe, [0, 1], 6)
+    held = [i for i in range(6) if found.steps[i] != "key" and policy.weights(i)[0] == 0]
+    keys = found.steps.count("key")
+    counts = {"key": keys, "jump": len(held), "mask": 6 - keys - len(held)}
+    assert patch.counts == {kind: count for kind, count in counts.items() if count}
