@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from autofr.latency import Costs
 from autofr.policy import JUMP, KEY, Constant, HardSigmoid, Mix, mix_row
 
 PLAIN = Constant(value=1.0)
+Group = Literal[
+    "teacher", "fewer steps", "frdiff", "deepcache", "planned", "chosen", "other solver"
+]
+"""Kinds of rows in the comparison table."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Draft:
     """What a schedule decides: a step name per solver step, and the mix."""
 
     name: str
-    group: str
+    group: Group
     steps: tuple[str, ...]
     mix: Mix = PLAIN
 
@@ -35,7 +40,9 @@ def fewer_steps(steps: int) -> Draft:
     return Draft(f"{steps} steps", "fewer steps", (KEY,) * steps)
 
 
-def uniform(name: str, group: str, steps: int, interval: int, mask: str, mix: Mix = PLAIN) -> Draft:
+def uniform(
+    name: str, group: Group, steps: int, interval: int, mask: str, mix: Mix = PLAIN
+) -> Draft:
     """A keyframe every `interval` steps, one mask in between."""
     row = tuple(KEY if i % interval == 0 else mask for i in range(steps))
     return Draft(name, group, row, mix)

@@ -191,6 +191,7 @@ def search(
         on_progress("report", 0, 1)
         result = outcome.result
         result.policy.save(folder / "policy.json")
+        outcome.profile.save(folder / "profile.json")
         few = slice(0, 8)
         report.write(
             result,

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from autofr.baselines import Draft
-from autofr.evaluate import Evaluator, Row, Score
+from autofr.evaluate import Candidate, Evaluator, Row, Score
 from autofr.latency import Costs
-from autofr.policy import Policy
 
 AS_FAST = 0.97  # rows at most 3 % slower than the choice are compared with it
 
 
-def policy_row(
-    name: str,
-    group: Any,
-    policy: Policy,
-    score: Score,
-    evaluator: Evaluator,
-    costs: Costs,
-) -> Row:
+def policy_row(found: Candidate, score: Score, evaluator: Evaluator, costs: Costs) -> Row:
     """A line from a policy's score."""
-    draft = Draft(name, group, policy.steps, policy.mix)
-    seconds = draft.seconds(costs)
+    policy = found.policy
     return Row(
-        name=name,
-        group=group,
+        name=found.name,
+        group=found.group,
         solver=policy.sampler.scheduler.removesuffix("Scheduler"),
         steps=len(policy.steps),
-        network_calls=round((seconds - costs.fixed) / costs.key, 2),
-        predicted_speedup=costs.teacher(evaluator.steps) / seconds,
+        network_calls=round((found.seconds - costs.fixed) / costs.key, 2),
+        predicted_speedup=costs.teacher(evaluator.steps) / found.seconds,
         speedup=score.speedup,
         error=score.error,
         reference_error=score.reference_error,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from autofr.baselines import Group
 from autofr.errors import MeasurementError
 from autofr.latency import median_interval, seconds
 from autofr.patch import record
@@ -21,9 +22,8 @@ from autofr.policy import Interval, Policy
 from autofr.quality import Features, mean_interval, relative_error
 from autofr.sampler import Samples, draw, reuse
 
-Group = Literal[
-    "teacher", "fewer steps", "frdiff", "deepcache", "planned", "chosen", "other solver"
-]
+
+FINE = 5  # the fine reference takes this many times the teacher's steps
 
 
 class Row(BaseModel):
@@ -77,6 +77,16 @@ class Result(BaseModel):
     stage_seconds: dict[str, float]
     remarks: list[str]
     policy: Policy
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy with its name and group in the table, and its predicted seconds per call."""
+
+    name: str
+    group: Group
+    policy: Policy
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,6 @@ class Evaluator:
         steps: int,
         batch: int,
         features: Features | None = None,
-        fine_steps: int = 250,
         fine_seeds: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -201,8 +210,9 @@ class Evaluator:
         self.pulse.calibrate()
         self.teacher_speedup = self.pulse.speedup()
         few = self.seeds[: min(fine_seeds, len(self.seeds))]
-        self.fine = self._draw(few, fine_steps) if fine_steps else None
+        self.fine = self._draw(few, FINE * steps)
         self.pulse.taken = []
+        self._on_progress = None  # scores of single policies report nothing
         self.teacher_features = features(self.teacher.images) if features else None
 
     def score(self, policy: Policy, seeds: int | None = None) -> Score:
@@ -239,9 +249,8 @@ class Evaluator:
         return Score(errors, self._reference_errors(found), found, self.pulse.speedup())
 
     def _reference_errors(self, found: Samples) -> np.ndarray:
-        fine = self.fine if self.fine is not None else self.teacher
-        n = min(len(fine.latents), len(found.latents))
-        return relative_error(found.latents[:n], fine.latents[:n])
+        n = min(len(self.fine.latents), len(found.latents))
+        return relative_error(found.latents[:n], self.fine.latents[:n])
 
 
 @contextmanager

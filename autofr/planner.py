@@ -64,8 +64,9 @@ def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
     names = (*(name for name in calibration.masks if name in rule.masks),)
     names += (JUMP,) if JUMP in rule.masks else ()
     n, gaps = calibration.steps, min(rule.max_gap, calibration.max_gap)
-    error = np.full((len(names), n, gaps, gaps + 1), np.inf)
-    weights = np.zeros((len(names), n, gaps, gaps + 1, 3))
+    rows = max(1, len(names))  # without any mask: one choice that is never taken
+    error = np.full((rows, n, gaps, gaps + 1), np.inf)
+    weights = np.zeros((rows, n, gaps, gaps + 1, 3))
     for index, name in enumerate(names):
         for gap in range(1, gaps + 1):
             for before in range(gaps + 1):
@@ -76,8 +77,9 @@ def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
     share = np.linspace(-1, 1, n)
     phase = np.where(share < 0, -share * rule.phase[0], share * rule.phase[1])
     scale = calibration.gain**2 * np.exp(phase) / calibration.norm
-    seconds = np.array([costs.of_step(name) for name in names])
-    return _Choices(names, error * scale[:, None, None], weights, seconds)
+    np.multiply(error, scale[:, None, None], out=error, where=np.isfinite(error))
+    seconds = np.array([costs.of_step(name) for name in names] or [0.0])
+    return _Choices(names, error, weights, seconds)
 
 
 def _mixed(
@@ -125,14 +127,15 @@ def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> 
     Raises: BudgetError when even the fastest plan is slower; says what can be reached.
     """
     table = choices(calibration, costs, rule)
-    fastest = _path(table, costs, rule, price=1e12)
+    unit = 1 / costs.key  # prices are errors per keyframe's time, whatever the device
+    fastest = _path(table, costs, rule, price=1e9 * unit)
     if fastest.seconds > seconds:
         raise BudgetError(out_of_reach(costs, calibration.steps, seconds, fastest.seconds))
-    low, high, best = 0.0, 1e12, fastest
+    best = fastest
     free = _path(table, costs, rule, price=0.0)
     if free.seconds <= seconds:
         return free
-    low, high = 1e-12, 1e3
+    low, high = 1e-12 * unit, 1e6 * unit
     for _ in range(50):
         price = float(np.sqrt(low * high))
         found = _path(table, costs, rule, price)
@@ -150,7 +153,8 @@ def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> 
 def front(calibration: Calibration, costs: Costs, rule: Rule, points: int = 40) -> list[Plan]:
     """The whole front from one calibration: plans that no other beats in error and seconds."""
     table = choices(calibration, costs, rule)
-    plans = [_path(table, costs, rule, price) for price in np.geomspace(1e-9, 1e1, points)]
+    prices = np.geomspace(1e-9, 1e1, points) / costs.key
+    plans = [_path(table, costs, rule, price) for price in prices]
     best: list[Plan] = []
     for one in sorted(plans, key=lambda p: (p.seconds, p.error)):
         if not best or one.error < best[-1].error:

@@ -6,6 +6,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from autofr import baselines, correction
 from autofr.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
 from autofr.compare import policy_row, remarks, solver_row
 from autofr.errors import BudgetError
-from autofr.evaluate import Evaluator, Result, Row, other_solvers
+from autofr.evaluate import FINE, Candidate, Evaluator, Result, Row, other_solvers
 from autofr.planner import out_of_reach
 from autofr.points import Pipe, discover, find_denoiser
-from autofr.policy import Policy, Provenance
+from autofr.policy import Measured, Policy, Provenance
 from autofr.profiling import Profile, device_name, profile, versions
 from autofr.quality import Features
 from autofr.sampler import Samples, compose, draw
 from autofr.space import Decoded, Frame, decode, fastest_seconds, guesses, largest_gap
-from autofr.study import PURPOSES, Ledger, Record, Settings, dump, fixed
+from autofr.study import PURPOSES, STATE, Ledger, Record, Settings, dump, fixed
 from autofr.verify import Verdict, finalists, test, within_budget
 
 OnProgress = Callable[[str, int, int], None]
@@ -52,7 +53,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self._tables: dict[int, Calibration] = {}
-        self._paths: dict[int, correction.Trajectory] = {}
+        self._path: correction.Trajectory | None = None
         self._latent_shape: tuple[int, ...] = ()
 
     def run(self) -> Outcome:
@@ -61,31 +62,32 @@ class Search:
         Raises: BudgetError when the budget cannot be met; MeasurementError when the model gives
             NaN or latency does not settle.
         """
-        profile = self._timed("profile", self.profile)
-        target = self.settings.budget.seconds_of(profile.costs.teacher(self.settings.steps))
-        frame = self._frame(profile, SAFETY * target)
-        fastest = fastest_seconds(self.settings.space, frame)
-        if fastest > target:
-            raise BudgetError(out_of_reach(frame.costs, self.settings.steps, target, fastest))
-        if largest_gap(self.settings.space) > 1:
-            self._timed("calibrate", lambda: self._calibration(self.settings.steps))
-        evaluator = self._timed("teacher", self._evaluator)
-        ledger = Ledger(self.folder, self.settings.seed, self.settings.space.name)
-        self._timed("trials", lambda: self._trials(ledger, frame, evaluator, target))
+        settings = self.settings
+        self._profile = self._timed("profile", self._measure_profile)
+        self._costs = self._profile.costs
+        self._target = settings.budget.seconds_of(self._costs.teacher(settings.steps))
+        self._frame = self._new_frame(SAFETY * self._target)
+        fastest = fastest_seconds(settings.space, self._frame)
+        if fastest > self._target:
+            raise BudgetError(out_of_reach(self._costs, settings.steps, self._target, fastest))
+        if largest_gap(settings.space) > 1:
+            self._timed("calibrate", lambda: self._calibration(settings.steps))
+        self._evaluator = self._timed("teacher", self._new_evaluator)
+        ledger = Ledger(self.folder, settings.seed, settings.space.name)
+        self._timed("trials", lambda: self._trials(ledger))
         ledger.write_csv(self.folder / "trials.csv")
-        verdict = self._timed("choose", lambda: self._choose(ledger, frame, evaluator, target))
-        rows = self._timed("table", lambda: self._rows(ledger, frame, evaluator, verdict, target))
+        verdict = self._timed("choose", lambda: self._choose(ledger))
+        rows = self._timed("table", lambda: self._rows(ledger, verdict))
         measured, samples = self._timed("test", lambda: self._test(verdict))
-        result = self._result(ledger, profile, verdict.policy, rows)
-        policy = self._sign(verdict.policy, measured, result)
-        result = result.model_copy(update={"policy": policy})
-        return Outcome(result, profile, *samples)
+        result = self._result(ledger, verdict.found.policy, rows)
+        policy = self._sign(verdict.found.policy, measured, result)
+        return Outcome(result.model_copy(update={"policy": policy}), self._profile, *samples)
 
     # -- stages ----------------------------------------------------------------------------------
 
-    def profile(self) -> Profile:
+    def _measure_profile(self) -> Profile:
         """Profile the pipe, or read the profile that is in the folder."""
-        path = self.folder / "profile.json"
+        path = self.folder / STATE / "profile.json"
         if path.exists():
             return Profile.model_validate_json(path.read_text(encoding="utf-8"))
         masks = candidate_masks(discover(find_denoiser(self.pipe)))
@@ -100,29 +102,28 @@ class Search:
         found.save(path)
         return found
 
-    def _frame(self, profile: Profile, seconds: float) -> Frame:
+    def _new_frame(self, seconds: float) -> Frame:
         return Frame(
             steps=self.settings.steps,
             seconds=seconds,
-            costs=profile.costs,
-            masks=worth_calibrating(profile.masks, profile.costs),
+            costs=self._costs,
+            masks=worth_calibrating(self._profile.masks, self._costs),
             calibration=self._calibration,
-            point_seconds={p.name: p.skippable_seconds for p in profile.points},
+            point_seconds={p.name: p.skippable_seconds for p in self._profile.points},
         )
 
     def _calibration(self, steps: int) -> Calibration:
         """The table of a step count: from memory, from the folder, or measured now."""
         if steps in self._tables:
             return self._tables[steps]
-        path = self.folder / f"calibration-{steps}.npz"
+        path = self.folder / STATE / f"calibration-{steps}.npz"
         if path.exists():
             self._tables[steps] = Calibration.load(path)
             return self._tables[steps]
-        measured = self.profile()
         self._tables[steps] = calibrate(
             self.pipe,
             lambda: self._draw_calibration(steps),
-            worth_calibrating(measured.masks, measured.costs),
+            self._frame.masks,
             max_gap=largest_gap(self.settings.space),
             on_step=lambda done, total: self.on_progress("calibrate", done, total),
         )
@@ -132,7 +133,7 @@ class Search:
     def _draw_calibration(self, steps: int) -> Samples:
         return draw(self.pipe, self.settings.seeds("calibration"), steps)
 
-    def _evaluator(self) -> Evaluator:
+    def _new_evaluator(self) -> Evaluator:
         found = Evaluator(
             self.pipe,
             self.settings.seeds("validation"),
@@ -142,14 +143,13 @@ class Search:
             fine_seeds=self.settings.trial_seeds,
             on_progress=lambda done, total: self.on_progress("teacher", done, total),
         )
-        found._on_progress = None
         self._latent_shape = tuple(found.teacher.latents.shape[1:])
         return found
 
-    def policy(self, decoded: Decoded) -> Policy:
+    def candidate(self, decoded: Decoded) -> Candidate:
         """Write a decoded draft as a policy of this pipe, its mix corrected by rollouts."""
         draft = decoded.draft
-        found = compose(
+        policy = compose(
             self.pipe,
             self.settings.name,
             draft.steps,
@@ -160,150 +160,138 @@ class Search:
         )
         steps = len(draft.steps)
         if decoded.rollouts and steps == self.settings.steps:
-            run = lambda: self._draw_calibration(steps)  # noqa: E731
-            if steps not in self._paths:
-                self._paths[steps] = correction.trajectory(self.pipe, run)
-            found = correction.correct(self.pipe, found, self._paths[steps], run, decoded.rollouts)
-        return found
+            run = partial(self._draw_calibration, steps)
+            self._path = self._path or correction.trajectory(self.pipe, run)
+            policy = correction.correct(self.pipe, policy, self._path, run, decoded.rollouts)
+        return Candidate(draft.name, draft.group, policy, decoded.seconds)
 
-    def _trials(self, ledger: Ledger, frame: Frame, evaluator: Evaluator, target: float) -> None:
-        drafts = baselines.published(self.profile().masks, frame.costs, frame.steps, target)
-        rows = {draft.name: draft for draft in drafts}
+    def _published(self) -> dict[str, Decoded]:
+        masks, steps = self._profile.masks, self.settings.steps
+        drafts = baselines.published(masks, self._costs, steps, self._target)
+        return {draft.name: Decoded(draft, masks, draft.seconds(self._costs)) for draft in drafts}
+
+    def _trials(self, ledger: Ledger) -> None:
+        """Run queued trials and the algorithm's, until there are enough or time is up."""
+        rows, settings = self._published(), self.settings
         ledger.enqueue_rows([*rows])
-        for params in guesses(self.settings.space):
+        for params in guesses(settings.space):
             ledger.enqueue(params)
-        scored = {r.notes["digest"]: r for r in ledger.records() if "digest" in r.notes}
+        scored = {r.notes["digest"]: r for r in ledger.records()}
         began = time.monotonic()
-        while ledger.waiting() or ledger.proposed() < self.settings.trials:
-            done = len(scored)
-            self.on_progress("trials", done, max(done + 1, len(rows) + self.settings.trials))
-            late = self.settings.time_limit and time.monotonic() - began > self.settings.time_limit
-            if late:
+        while ledger.waiting() or ledger.proposed() < settings.trials:
+            self.on_progress("trials", ledger.finished(), len(rows) + settings.trials)
+            if settings.time_limit and time.monotonic() - began > settings.time_limit:
                 break
             trial = ledger.ask()
             try:
                 name = trial.user_attrs.get("row")
-                if name is not None:
-                    decoded = Decoded(rows[name], self.profile().masks)
-                else:
-                    decoded = decode(self.settings.space, trial, frame)
-                self._score(ledger, trial, decoded, frame, evaluator, scored)
+                decoded = rows[name] if name else decode(settings.space, trial, self._frame)
+                self._score(ledger, trial, self.candidate(decoded), scored)
             except BudgetError as error:
                 ledger.give_up(trial, str(error))
-            except KeyError as error:
-                ledger.give_up(trial, f"no longer known: {error}")
             except BaseException as error:
                 ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
                 raise
 
     def _score(
-        self,
-        ledger: Ledger,
-        trial: Any,
-        decoded: Decoded,
-        frame: Frame,
-        evaluator: Evaluator,
-        scored: dict[str, Record],
+        self, ledger: Ledger, trial: Any, found: Candidate, scored: dict[str, Record]
     ) -> None:
         """Score one trial by rollouts; a policy that was scored before is not run again."""
-        policy = self.policy(decoded)
-        notes: dict[str, Any] = {"label": decoded.draft.name, "digest": policy.digest}
-        twin = scored.get(policy.digest)
-        if twin is not None:
+        digest = found.policy.digest
+        notes: dict[str, Any] = {"label": found.name, "digest": digest}
+        if twin := scored.get(digest):
             ledger.tell(trial, twin.value, notes | {"duplicate_of": twin.number})
             return
-        row = "row" in trial.user_attrs
-        score = evaluator.score(policy, None if row else self.settings.trial_seeds)
-        value = float(score.errors[: self.settings.trial_seeds].mean())
-        notes |= {"group": decoded.draft.group, "policy": dump(policy)}
-        notes["seconds"] = decoded.draft.seconds(frame.costs) if row else frame.seconds
-        if row:
-            group = decoded.draft.group
-            line = policy_row(decoded.draft.name, group, policy, score, evaluator, frame.costs)
-            notes["line"] = dump(line)
+        published = "row" in trial.user_attrs
+        few = self.settings.trial_seeds
+        score = self._evaluator.score(found.policy, None if published else few)
+        value = float(score.errors[:few].mean())
+        notes |= {"group": found.group, "policy": dump(found.policy), "seconds": found.seconds}
+        if published:
+            notes["line"] = dump(policy_row(found, score, self._evaluator, self._costs))
         ledger.tell(trial, value, notes)
-        scored[policy.digest] = Record(trial.number, trial.params, value, notes)
+        scored[digest] = Record(trial.number, trial.params, value, notes)
 
-    # -- choosing ----------------------------------------------------------------------------------
+    # -- choosing --------------------------------------------------------------------------------
 
-    def _choose(self, ledger: Ledger, frame: Frame, evaluator: Evaluator, target: float) -> Verdict:
+    def _choose(self, ledger: Ledger) -> Verdict:
         """Winner by FID among the finalists, held to the budget by measurement."""
-        best = finalists(ledger.records(), target)
+        best = finalists(ledger.records(), self._target)
         if not best:
             raise BudgetError(
-                f"no trial met the budget {self.settings.budget.text}: raise --trials or the budget"
+                f"no trial met the budget {self.settings.budget.text}: raise --trials, or ask for"
+                " a smaller speed-up"
             )
-        scored = []
+        ranked = []
         for done, record in enumerate(best):
-            self.on_progress("choose", done, len(best) + 1)
+            self.on_progress("choose", done, len(best))
             policy = Policy.model_validate(record.notes["policy"], strict=False)
-            score = evaluator.score(policy)
-            fid = evaluator.fid(score)
-            scored.append((fid if fid is not None else score.error.value, record, policy))
-        scored.sort(key=lambda item: item[0])
+            notes = record.notes
+            found = Candidate(notes["label"], notes["group"], policy, notes["seconds"])
+            score = self._evaluator.score(policy)
+            fid = self._evaluator.fid(score)
+            ranked.append((score.error.value if fid is None else fid, record, found))
+        ranked.sort(key=lambda item: item[0])
         return within_budget(
             self.pipe,
             self.settings,
-            [(record, policy) for _, record, policy in scored],
-            lambda record, seconds: self._again(record, frame, seconds),
-            frame.costs,
+            [(record, found) for _, record, found in ranked],
+            self._again,
             lambda pairs, width: self.on_progress("measure", pairs, pairs + 1),
         )
 
-    def _again(self, record: Record, frame: Frame, seconds: float) -> Policy | None:
-        """The next policy on the front: the same parameters at a tighter time."""
+    def _again(self, record: Record, seconds: float) -> Candidate | None:
+        """The same parameters at another time per call: the next policy on the front."""
         if "row" in record.notes:
             return None
-        tighter = replace(frame, seconds=seconds)
-        return self.policy(decode(self.settings.space, fixed(record.params), tighter))
+        frame = replace(self._frame, seconds=seconds)
+        return self.candidate(decode(self.settings.space, fixed(record.params), frame))
 
-    def _rows(
-        self,
-        ledger: Ledger,
-        frame: Frame,
-        evaluator: Evaluator,
-        verdict: Verdict,
-        target: float,
-    ) -> list[Row]:
+    def _rows(self, ledger: Ledger, verdict: Verdict) -> list[Row]:
         """All rows: teacher, published, the planned front, the choice, other solvers."""
-        n, costs = self.settings.steps, frame.costs
-        teacher = self.policy(Decoded(baselines.fewer_steps(n), {}))
-        taught = evaluator.teacher_score()
-        rows = [policy_row("teacher", "teacher", teacher, taught, evaluator, costs)]
+        evaluator, costs, n = self._evaluator, self._costs, self.settings.steps
+        draft = replace(baselines.fewer_steps(n), name="teacher", group="teacher")
+        teacher = self.candidate(Decoded(draft, {}, costs.teacher(n)))
+        rows = [policy_row(teacher, evaluator.teacher_score(), evaluator, costs)]
         lines = [r.notes["line"] for r in ledger.records() if "line" in r.notes]
         rows += [Row.model_validate(line) for line in lines]
-        for speedup in self._front(verdict, costs.teacher(n) / target):
-            self.on_progress("table", len(rows), len(rows) + 6)
-            policy = self._again(verdict.record, frame, SAFETY * costs.teacher(n) / speedup)
-            if policy is not None:
-                score = evaluator.score(policy)
-                name = f"planned {speedup:g}x"
-                rows.append(policy_row(name, "planned", policy, score, evaluator, costs))
-        score = evaluator.score(verdict.policy)
-        row = policy_row("chosen", "chosen", verdict.policy, score, evaluator, costs)
-        rows.append(row.model_copy(update={"speedup": verdict.timing.ratio}))
-        affordable = max(2, int((target - costs.fixed) / costs.key))
-        for name, scheduler in other_solvers(self.pipe).items():
-            for steps in sorted({affordable, max(2, affordable // 2)}, reverse=True):
-                self.on_progress("table", len(rows), len(rows) + 3)
+        solvers = other_solvers(self.pipe)
+        affordable = max(2, int((self._target - costs.fixed) / costs.key))
+        counts = sorted({affordable, max(2, affordable // 2)}, reverse=True)
+        chosen = replace(verdict.found, name="chosen", group="chosen")
+        planned = [*self._front(verdict), chosen]
+        total = len(planned) + len(solvers) * len(counts)
+        for done, found in enumerate(planned):
+            self.on_progress("table", done, total)
+            rows.append(policy_row(found, evaluator.score(found.policy), evaluator, costs))
+        rows[-1] = rows[-1].model_copy(update={"speedup": verdict.timing.ratio})
+        for name, scheduler in solvers.items():
+            for steps in counts:
+                self.on_progress("table", total - 1, total)
                 score = evaluator.score_solver(scheduler, steps)
                 rows.append(solver_row(name, steps, score, evaluator, costs))
         return rows
 
-    def _front(self, verdict: Verdict, asked: float) -> list[float]:
-        """Speed-ups at which the front is shown: none where the choice has no front."""
-        if "row" in verdict.record.notes:
-            return []
-        fastest = fastest_seconds(self.settings.space, self._frame(self.profile(), 0.0))
-        most = SAFETY * self.profile().costs.teacher(self.settings.steps) / fastest
-        return [s for s in FRONT if abs(s / asked - 1) > 0.05 and s < most]
+    def _front(self, verdict: Verdict) -> list[Candidate]:
+        """The chosen parameters at other speed-ups; none where the choice has no front."""
+        teacher = self._costs.teacher(self.settings.steps)
+        asked = teacher / self._target
+        front = []
+        for speedup in (s for s in FRONT if abs(s / asked - 1) > 0.05):
+            try:
+                found = self._again(verdict.record, SAFETY * teacher / speedup)
+            except BudgetError:  # beyond what the space can reach
+                continue
+            if found is not None:
+                front.append(replace(found, name=f"planned {speedup:g}x", group="planned"))
+        return front
 
-    def _test(self, verdict: Verdict) -> Any:
+    def _test(self, verdict: Verdict) -> tuple[Measured, tuple[Samples, Samples]]:
         return test(
             self.pipe,
-            verdict.policy,
+            verdict.found.policy,
             verdict.timing,
-            verdict.predicted_speedup,
+            self._costs.teacher(self.settings.steps) / verdict.found.seconds,
             seeds=self.settings.seeds("test"),
             steps=self.settings.steps,
             batch=self.settings.batch,
@@ -311,13 +299,7 @@ class Search:
             on_progress=lambda done, total: self.on_progress("test", done, total),
         )
 
-    def _result(
-        self,
-        ledger: Ledger,
-        profile: Profile,
-        policy: Policy,
-        rows: list[Row],
-    ) -> Result:
+    def _result(self, ledger: Ledger, policy: Policy, rows: list[Row]) -> Result:
         records = ledger.records()
         seeds = {purpose: self.settings.seeds(purpose) for purpose in PURPOSES}
         return Result(
@@ -329,12 +311,12 @@ class Search:
             steps=self.settings.steps,
             batch=self.settings.batch,
             device=device_name(self.pipe),
-            dtype=profile.dtype,
-            threads=profile.threads,
+            dtype=self._profile.dtype,
+            threads=self._profile.threads,
             versions=versions(),
             seeds={p: f"{s[0]} to {s[-1]}" for p, s in seeds.items()},
             features=self.features.name if self.features else None,
-            reference=f"{self.settings.steps * 5} steps of the same solver",
+            reference=f"{FINE * self.settings.steps} steps of the same solver",
             rows=rows,
             chosen="chosen",
             trials=len(records),
@@ -344,7 +326,7 @@ class Search:
             policy=policy,
         )
 
-    def _sign(self, policy: Policy, measured: Any, result: Result) -> Policy:
+    def _sign(self, policy: Policy, measured: Measured, result: Result) -> Policy:
         """Write into the policy what was measured and where it comes from."""
         provenance = Provenance(
             autofr=importlib.metadata.version("autofr"),

@@ -213,10 +213,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A draft, the masks it names, and how often its mix is to be corrected by rollouts."""
+    """A draft, its masks and predicted seconds per call, and how many rollouts correct its mix."""
 
     draft: Draft
     masks: Mapping[str, tuple[str, ...]]
+    seconds: float
     rollouts: int = 0
 
 
@@ -264,7 +265,7 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
     steps = max(2, round(frame.steps * share))
     found = plan(frame.calibration(steps), frame.costs, rule, frame.seconds)
     draft = Draft(f"planned ({name}, {mix_name(mix)})", "planned", found.steps, found.mix)
-    return Decoded(draft, frame.masks, rollouts if isinstance(mix, str) else 0)
+    return Decoded(draft, frame.masks, found.seconds, rollouts if isinstance(mix, str) else 0)
 
 
 def _uniform(axes: UniformAxes, trial: Trial, frame: Frame) -> Decoded:
@@ -275,8 +276,9 @@ def _uniform(axes: UniformAxes, trial: Trial, frame: Frame) -> Decoded:
         draft = baselines.uniform(
             f"FRDiff M={wider}, {mix_name(mix)}", "frdiff", frame.steps, wider, "frdiff", mix
         )
-        if draft.seconds(frame.costs) <= frame.seconds:
-            return Decoded(draft, frame.masks)
+        spent = draft.seconds(frame.costs)
+        if spent <= frame.seconds:
+            return Decoded(draft, frame.masks, spent)
     raise BudgetError("no interval of FRDiff meets the budget with this λ(t)")
 
 
@@ -299,8 +301,9 @@ def _direct(axes: DirectAxes, trial: Trial, frame: Frame) -> Decoded:
         keys = {0, *order[:count]}
         row = tuple(KEY if i in keys else between for i in range(frame.steps))
         draft = Draft("direct", "planned", row, mix)
-        if draft.seconds(costs) <= frame.seconds:
-            return Decoded(draft, masks)
+        spent = draft.seconds(costs)
+        if spent <= frame.seconds:
+            return Decoded(draft, masks, spent)
     raise BudgetError("these points save too little time for the budget")
 
 

@@ -23,6 +23,7 @@ from autofr.points import Pipe, discover, find_denoiser, fingerprint, weights_ha
 from autofr.space import Space
 
 STUDY = "autofr"
+STATE = "study"  # folder inside a run's: what it needs to resume
 PURPOSES = ("calibration", "validation", "test")
 
 
@@ -98,11 +99,15 @@ def spec_of(pipe: Pipe, settings: Settings) -> Spec:
 def run_folder(folder: Path, spec: Spec) -> Iterator[Path]:
     """Own a results folder: create it, lock it, and hold it to one spec.
 
+    What a run needs to resume lies in `study/` inside; results without it (a reference run from a
+    repository, say) are replaced when the run ends.
     Raises: RunFolderError when it cannot be written, is in use, or holds another run.
     """
+    _check_foreign(folder)
+    state = folder / STATE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        state.mkdir(parents=True, exist_ok=True)
+        lock = os.open(state / "lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot write there ({error.strerror}); give another folder with --out"
@@ -115,20 +120,24 @@ def run_folder(folder: Path, spec: Spec) -> Iterator[Path]:
                 f"{folder}: another autofr process is working there; wait for it, or give another"
                 " folder with --out"
             ) from None
-        _check_spec(folder, spec)
+        _check_spec(folder, state / "spec.json", spec)
         yield folder
     finally:
         os.close(lock)
 
 
-def _check_spec(folder: Path, spec: Spec) -> None:
-    path = folder / "spec.json"
+def _check_foreign(folder: Path) -> None:
+    if not folder.is_dir() or (folder / STATE).is_dir() or (folder / "result.json").is_file():
+        return
+    if any(folder.iterdir()):
+        raise RunFolderError(
+            f"{folder}: holds other files and no run of autofr; give an empty or new folder with"
+            " --out"
+        )
+
+
+def _check_spec(folder: Path, path: Path, spec: Spec) -> None:
     if not path.exists():
-        if any(item.name != ".lock" for item in folder.iterdir()):
-            raise RunFolderError(
-                f"{folder}: holds other files and no run of autofr; give an empty or new folder"
-                " with --out"
-            )
         part = path.with_suffix(".part")
         part.write_text(spec.model_dump_json(indent=1) + "\n", encoding="utf-8")
         part.replace(path)
@@ -163,7 +172,7 @@ class Ledger:
 
     def __init__(self, folder: Path, seed: int, space: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path = (folder / "study.db").resolve()
+        path = (folder / STATE / "study.db").resolve()
         try:
             self._study = optuna.create_study(
                 study_name=STUDY, storage=f"sqlite:///{path}", load_if_exists=True
@@ -226,6 +235,11 @@ class Ledger:
         """How many trials the algorithm (or its queue) has had, published rows aside."""
         over = (TrialState.COMPLETE, TrialState.PRUNED)
         return sum("row" not in t.user_attrs for t in self._study.get_trials(states=over))
+
+    def finished(self) -> int:
+        """How many trials are over, the published rows among them."""
+        over = (TrialState.COMPLETE, TrialState.PRUNED)
+        return len(self._study.get_trials(deepcopy=False, states=over))
 
     def waiting(self) -> int:
         """How many queued trials have not run yet."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from autofr.errors import BudgetError, MeasurementError
-from autofr.evaluate import draw_all, interval
-from autofr.latency import Budget, Costs, Paired, paired
+from autofr.evaluate import Candidate, draw_all, interval
+from autofr.latency import Paired, paired
 from autofr.points import Pipe, find_denoiser
 from autofr.policy import Fid, Interval, Measured, Policy
 from autofr.profiling import device_name, versions
@@ -23,12 +23,11 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """The chosen trial, its policy as it was measured, and the measurement."""
+    """The chosen trial, the candidate that came of it, and how it was measured."""
 
     record: Record
-    policy: Policy
+    found: Candidate
     timing: Paired
-    predicted_speedup: float
 
 
 def finalists(records: Sequence[Record], seconds: float, keep: int = 3) -> list[Record]:
@@ -73,9 +72,8 @@ def time_policy(
 def within_budget(
     pipe: Pipe,
     settings: Settings,
-    candidates: Sequence[tuple[Record, Policy]],
-    again: Callable[[Record, float], Policy | None],
-    costs: Costs,
+    ranked: Sequence[tuple[Record, Candidate]],
+    again: Callable[[Record, float], Candidate | None],
     on_pair: Callable[[int, float], None],
 ) -> Verdict:
     """Take the first candidate whose measured speed-up keeps the budget with its lower end.
@@ -85,29 +83,23 @@ def within_budget(
     Raises: BudgetError when none keeps it; says what was measured.
     """
     closest = 0.0
-    for record, first in candidates:
-        policy: Policy | None = first
-        seconds = costs.of_call(policy_steps(first))
+    for record, first in ranked:
+        found: Candidate | None = first
+        seconds = first.seconds
         for _ in range(ATTEMPTS):
-            if policy is None:
+            if found is None:
                 break
-            timing = time_policy(pipe, policy, settings.steps, settings.batch, on_pair)
-            wanted = wanted_speedup(settings.budget, timing)
+            timing = time_policy(pipe, found.policy, settings.steps, settings.batch, on_pair)
+            wanted = settings.budget.speedup_over(timing.first_seconds)
             if timing.ratio.low >= wanted:
-                predicted = costs.teacher(settings.steps) / costs.of_call(policy_steps(policy))
-                return Verdict(record, policy, timing, predicted)
+                return Verdict(record, found, timing)
             closest = max(closest, timing.ratio.low)
             seconds *= min(0.995, timing.ratio.low / wanted)
-            policy = again(record, seconds)
+            found = again(record, seconds)
     raise BudgetError(
         f"no policy kept the budget {settings.budget.text} when measured: the lower end of the best"
         f" one's speed-up was {closest:.2f}x; ask for a smaller speed-up, or quieten the machine"
     )
-
-
-def wanted_speedup(budget: Budget, timing: Paired) -> float:
-    """The speed-up that the budget asks for, given the teacher's measured time."""
-    return budget.speedup_over(timing.first_seconds)
 
 
 def policy_steps(policy: Policy) -> list[str]:

@@ -39,7 +39,8 @@ class World:
                     wrong = (self.teacher[i - g] - self.teacher[i]) * noise * rng.uniform(0.5, 2)
                     wrong = wrong + noise * 0.1 * rng.normal(size=size)
                     self.reduced[m, i, g - 1] = self.teacher[i] + wrong
-        self.gain = rng.uniform(0.1, 2, steps)
+        # Some steps do not matter: DDIM's last one is the identity without `set_alpha_to_one`.
+        self.gain = rng.uniform(0.1, 2, steps) * (rng.random(steps) > 0.2)
         self.calibration = Calibration(
             masks=NAMES,
             teacher=self.teacher @ self.teacher.T,
@@ -255,15 +256,15 @@ def _above(one, two, three):
 def test_a_plan_is_near_the_best_off_the_hull():
     """Between the hull's points the greedy upgrade leaves a few per cent on average."""
     rule = Rule(("cheap", "good", "jump"))
-    excess = []
+    found, best = [], []
     for seed in range(20):
         world = World(seed)
         every = every_plan(world, rule)
         for speedup in (1.2, 1.5, 2.0, 2.5):
             target = COSTS.teacher(6) / speedup
-            best = min(error for error, seconds, _ in every if seconds <= target)
-            excess.append(plan(world.calibration, COSTS, rule, target).error / best)
-    assert np.mean(excess) < 1.1 and max(excess) < 3
+            best.append(min(error for error, seconds, _ in every if seconds <= target))
+            found.append(plan(world.calibration, COSTS, rule, target).error)
+    assert sum(best) - 1e-9 <= sum(found) <= 1.1 * sum(best)
 
 
 def test_no_need_to_hurry_gives_the_teacher():
@@ -305,21 +306,6 @@ def test_the_unit_of_time_does_not_matter(world, rule, speedup, log_unit):
     assert again.error == pytest.approx(found.error, rel=1e-3, abs=1e-9)
     plans = front(world.calibration, COSTS, rule), front(world.calibration, scaled, rule)
     assert [p.steps for p in plans[0]] == [p.steps for p in plans[1]]
-
-
-@laws
-@given(worlds, rules, st.floats(1, 5), st.sets(st.integers(0, 5)))
-def test_steps_that_do_not_matter_are_cheap(world, rule, speedup, idle):
-    """A step whose score does not reach the final latents costs no error, and breaks nothing."""
-    gain = np.where(np.isin(np.arange(len(world.gain)), [*idle]), 0.0, world.gain)
-    world.gain = gain
-    calibration = replace(world.calibration, gain=gain)
-    target = COSTS.teacher(len(world.teacher)) / speedup
-    fitting = [error for error, seconds, _ in every_plan(world, rule) if seconds <= target]
-    assume(fitting)
-    found = plan(calibration, COSTS, rule, target)
-    assert allowed(found.steps, rule)
-    assert min(fitting) - 1e-9 <= found.error < np.inf
 
 
 def test_masks_that_were_not_calibrated_are_left_out():

@@ -1,0 +1,560 @@
+"""Laws of the whole search, on a tiny pipe and a clock that follows the network's arithmetic."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conftest import ddim
+
+from autofr import baselines, evaluate, latency, profiling, search, verify
+from autofr.compare import AS_FAST, remarks, speed
+from autofr.errors import BudgetError, MeasurementError
+from autofr.evaluate import Evaluator, Result, Row
+from autofr.latency import parse_budget
+from autofr.policy import Interval, Policy, load
+from autofr.sampler import reuse
+from autofr.search import SAFETY, Search
+from autofr.space import Direct, DirectAxes, Planned, PlannedAxes, Space, Uniform, UniformAxes
+from autofr.study import Ledger, Settings, run_folder, spec_of
+
+STEPS = 6
+AXES = {"max_gap": (2, 3), "mix": ("fit2", "fit1"), "masks": ("all", "jump"), "rollouts": (1, 1)}
+SPACE = Planned(name="tiny", kind="planned", axes=PlannedAxes(phase=(-1.0, 1.0), **AXES))
+ONE = PlannedAxes(max_gap=(3, 3), mix=("fit1",), masks=("jump",))
+SINGLE = Planned(name="single", kind="planned", axes=ONE)  # holds one policy only
+
+
+# -- a tiny pipe, and time that passes with its work ----------------------------------------------
+
+
+def tiny_unet() -> diffusers.UNet2DModel:
+    """Two levels with one ResNet block each, attention on the lower one."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+def tiny_pipe() -> diffusers.DDIMPipeline:
+    """The smallest pipe that has every kind of point."""
+    pipe = diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=ddim())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def settings(**changes: Any) -> Settings:
+    """A search of seconds; 1.4x lets four of the six steps through."""
+    few = Settings(
+        name="tiny",
+        budget=parse_budget("1.4x"),
+        space=SPACE,
+        steps=STEPS,
+        batch=2,
+        trials=5,
+        calibration_seeds=2,
+        trial_seeds=4,
+        validation_seeds=4,
+        test_seeds=4,
+        command="autofr search --model tiny",
+    )
+    return replace(few, **changes)
+
+
+class WorkClock:
+    """A clock on which a multiplication takes a nanosecond and nothing else takes any time."""
+
+    def __init__(self) -> None:
+        self.work = 0
+
+    def perf_counter(self) -> float:
+        return self.work * 1e-9
+
+    process_time = perf_counter
+
+    def counted(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The function, with its multiplications counted."""
+
+        def call(given: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            found = function(given, weight, *args, **kwargs)
+            self.work += found.numel() * weight[0].numel()
+            return found
+
+        return call
+
+
+@contextmanager
+def work_clock() -> Iterator[WorkClock]:
+    """Let everything that autofr times pass on a `WorkClock`: exact, and the same everywhere."""
+    clock = WorkClock()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("conv2d", "linear"):
+            counted = clock.counted(getattr(torch.nn.functional, name))
+            patch.setattr(torch.nn.functional, name, counted)
+        for module in (latency, profiling, evaluate):
+            patch.setattr(module, "time", clock)
+        yield clock
+
+
+@contextmanager
+def few_rows() -> Iterator[None]:
+    """Publish two schedules only, where the rows are not what a law is about."""
+
+    def published(masks: Any, costs: Any, steps: int, seconds: float) -> list[baselines.Draft]:
+        return [baselines.fewer_steps(4), baselines.frdiff(steps, 2)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "published", published)
+        yield
+
+
+@dataclass
+class Log:
+    """What a run did: (stage, digest) of every score, (stage, seeds, steps) of every draw."""
+
+    stage: str
+    scores: list[tuple[str, str]]
+    draws: list[tuple[str, tuple[int, ...], int]]
+
+    def scored(self, stage: str) -> list[str]:
+        """Digests of the policies that were rolled out in a stage."""
+        return [digest for there, digest in self.scores if there == stage]
+
+
+@contextmanager
+def logged() -> Iterator[Log]:
+    """Write down every score and every draw inside the block."""
+    log = Log("", [], [])
+    stage, score = Search._timed, Evaluator.score
+
+    def timed(self: Search, name: str, work: Callable[[], Any]) -> Any:
+        log.stage = name
+        return stage(self, name, work)
+
+    def scored(self: Evaluator, policy: Policy, seeds: int | None = None) -> Any:
+        log.scores.append((log.stage, policy.digest))
+        return score(self, policy, seeds)
+
+    def spy(draw: Callable[..., Any]) -> Callable[..., Any]:
+        def drawn(pipe: Any, seeds: Any, steps: int) -> Any:
+            log.draws.append((log.stage, tuple(seeds), steps))
+            return draw(pipe, seeds, steps)
+
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "_timed", timed)
+        patch.setattr(Evaluator, "score", scored)
+        for module in (search, evaluate, verify, profiling):
+            patch.setattr(module, "draw", spy(module.draw))
+        yield log
+
+
+def stop_at(stage: str) -> Callable[[str, int, int], None]:
+    """Progress that ends the run where a stage begins."""
+
+    def on_progress(name: str, done: int, total: int) -> None:
+        if name == stage:
+            raise StopIteration(stage)
+
+    return on_progress
+
+
+def trials_of(folder: Path) -> Ledger:
+    """Open the ledger of a run that has stopped."""
+    return Ledger(folder, 0, "tiny")
+
+
+def run_in(folder: Path, asked: Settings) -> search.Outcome:
+    """Run a search as the command line does: as the folder's owner."""
+    pipe = tiny_pipe()
+    with work_clock(), few_rows(), run_folder(folder, spec_of(pipe, asked)):
+        return Search(pipe, asked, folder).run()
+
+
+# -- a finished search ----------------------------------------------------------------------------
+
+
+@dataclass
+class Finished:
+    """A search that has ended, with everything that it left."""
+
+    pipe: diffusers.DDIMPipeline
+    settings: Settings
+    folder: Path
+    outcome: search.Outcome
+    log: Log
+
+    @property
+    def chosen(self) -> Row:
+        """The row of the chosen policy."""
+        return next(row for row in self.outcome.result.rows if row.group == "chosen")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A search over all published rows, run once."""
+    pipe, asked, folder = tiny_pipe(), settings(), tmp_path_factory.mktemp("run")
+    with work_clock(), logged() as log:
+        outcome = Search(pipe, asked, folder).run()
+    return Finished(pipe, asked, folder, outcome, log)
+
+
+def test_the_policy_that_is_found_loads_and_applies(finished: Finished, tmp_path: Path) -> None:
+    """What a search ends with is a file that a stock pipe can follow."""
+    found = finished.outcome.result.policy
+    found.save(tmp_path / "policy.json")
+    again = load(tmp_path / "policy.json")
+    assert again == found
+    pipe = tiny_pipe()
+    with reuse(pipe, again) as patch:
+        images = pipe(batch_size=1, num_inference_steps=STEPS, output_type="np").images
+        assert patch.counts["key"] == len(found.keyframes)
+    assert images.shape == (1, 8, 8, 3)
+
+
+def test_the_policy_says_what_was_measured_and_where_it_comes_from(finished: Finished) -> None:
+    """Numbers travel with their protocol."""
+    found = finished.outcome.result.policy
+    assert found.measured is not None and found.provenance is not None
+    assert found.measured.samples == 4 and found.measured.batch == 2
+    assert found.provenance.command == finished.settings.command
+    assert found.provenance.trials == finished.outcome.result.trials
+
+
+def test_the_budget_is_kept_by_measurement(finished: Finished) -> None:
+    """The lower end of the measured speed-up is at least what was asked."""
+    measured = finished.outcome.result.policy.measured
+    assert measured is not None and measured.speedup.low >= 1.4
+
+
+def test_the_prediction_is_what_is_measured(finished: Finished) -> None:
+    """Where time is arithmetic alone, the cost model's speed-up is the real one."""
+    measured = finished.outcome.result.policy.measured
+    assert measured is not None
+    assert measured.predicted_speedup == pytest.approx(measured.speedup.value, rel=0.03)
+
+
+def test_every_planned_trial_meets_the_budget_by_construction(finished: Finished) -> None:
+    """Whatever the algorithm proposes, the prediction stays below the budget."""
+    costs = finished.outcome.profile.costs
+    limit = SAFETY * costs.teacher(STEPS) / 1.4
+    planned = [r for r in trials_of(finished.folder).records() if "row" not in r.notes]
+    kept = [r for r in planned if "duplicate_of" not in r.notes]
+    assert len(planned) >= finished.settings.trials and kept
+    for record in kept:
+        policy = Policy.model_validate(record.notes["policy"], strict=False)
+        spent = costs.of_call(verify.policy_steps(policy))
+        assert record.notes["seconds"] == pytest.approx(spent)
+        assert spent <= limit * (1 + 1e-9)
+
+
+def test_no_row_of_the_table_beats_the_choice(finished: Finished) -> None:
+    """The rows are candidates, so no row as fast as the budget is nearer to the teacher."""
+    rows = [r for r in finished.outcome.result.rows if r.candidate and r.predicted_speedup >= 1.4]
+    groups = {row.group for row in rows}
+    assert {"fewer steps", "frdiff", "deepcache", "chosen"} <= groups
+    assert min(row.error.value for row in rows) >= finished.chosen.error.value
+
+
+def test_every_published_schedule_is_in_the_table_once(finished: Finished) -> None:
+    """The comparison is whole, and no row stands twice."""
+    profile = finished.outcome.profile
+    target = profile.costs.teacher(STEPS) / 1.4
+    drafts = baselines.published(profile.masks, profile.costs, STEPS, target)
+    names = Counter(row.name for row in finished.outcome.result.rows)
+    assert {draft.name for draft in drafts} <= names.keys()
+    assert set(names.values()) == {1}
+
+
+def test_the_teacher_has_no_error(finished: Finished) -> None:
+    """The table's first row is the unaccelerated pipe, compared with itself."""
+    teacher = finished.outcome.result.rows[0]
+    assert teacher.group == "teacher"
+    assert teacher.error.value == 0 and teacher.predicted_speedup == pytest.approx(1)
+
+
+def test_other_solvers_are_shown_and_never_chosen(finished: Finished) -> None:
+    """Rows that change the solver are for comparison only, at the steps that cost the same."""
+    others = [row for row in finished.outcome.result.rows if row.group == "other solver"]
+    assert {row.solver for row in others} == {"DPM-Solver++ 2M Karras", "UniPC"}
+    assert not any(row.candidate for row in others)
+    assert max(row.steps for row in others) == 4
+
+
+def test_choosing_never_sees_the_seeds_of_the_test(finished: Finished) -> None:
+    """Calibration, validation and test draw from disjoint seeds, and each in its own stage."""
+    drawn: dict[str, set[int]] = {}
+    for stage, seeds, _ in finished.log.draws:
+        drawn.setdefault(stage, set()).update(seeds)
+    own = {purpose: set(finished.settings.seeds(purpose)) for purpose in search.PURPOSES}
+    assert drawn["test"] == own["test"]
+    assert own["test"].isdisjoint(*(seeds for stage, seeds in drawn.items() if stage != "test"))
+    assert own["validation"].isdisjoint(drawn["profile"] | drawn["calibrate"])
+    assert own["calibration"].isdisjoint(own["validation"])
+
+
+def test_the_reference_is_as_fine_as_the_result_says(finished: Finished) -> None:
+    """The reference that errors are measured to has the steps that the report names."""
+    finest = max(steps for stage, _, steps in finished.log.draws if stage == "teacher")
+    assert int(finished.outcome.result.reference.split()[0]) == finest > STEPS
+
+
+def test_the_result_survives_its_file(finished: Finished) -> None:
+    """`result.json` gives back the value that it was written from."""
+    result = finished.outcome.result
+    assert Result.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_finished_search_runs_no_trial_again(finished: Finished) -> None:
+    """The same command in a finished folder only chooses and reports, and chooses the same."""
+    before = trials_of(finished.folder).records()
+    profile = (finished.folder / "profile.json").read_bytes()
+    with work_clock(), logged() as log:
+        again = Search(finished.pipe, finished.settings, finished.folder).run()
+    assert log.scored("trials") == []
+    assert trials_of(finished.folder).records() == before
+    assert (finished.folder / "profile.json").read_bytes() == profile
+    assert again.result.policy.digest == finished.outcome.result.policy.digest
+    assert {row.name for row in again.result.rows} == {r.name for r in finished.outcome.result.rows}
+
+
+# -- other spaces ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Uniform(
+            name="frdiff", kind="uniform", axes=UniformAxes(interval=(2, 4), mix=("constant",))
+        ),
+        Direct(name="direct", kind="direct", axes=DirectAxes(mix=("constant",))),
+    ],
+    ids=["frdiff", "direct"],
+)
+def test_spaces_without_the_planner_end_too(space: Space, tmp_path: Path, monkeypatch: Any) -> None:
+    """A policy that a space made of its own masks is timed, chosen and shown like any other."""
+    finalists = search.finalists
+
+    def own(records: Any, seconds: float) -> Any:
+        return finalists([r for r in records if "row" not in r.notes], seconds)
+
+    monkeypatch.setattr(search, "finalists", own)
+    asked = settings(space=space, budget=parse_budget("1.2x"), trials=4)
+    outcome = run_in(tmp_path / "run", asked)
+    measured = outcome.result.policy.measured
+    assert measured is not None and measured.speedup.low >= 1.2
+
+
+# -- duplicates -----------------------------------------------------------------------------------
+
+
+def test_a_duplicate_takes_its_twins_value_and_is_not_run(tmp_path: Path) -> None:
+    """A policy that was scored before costs nothing, and is no second finalist."""
+    asked = settings(space=SINGLE, trials=4)
+    with work_clock(), few_rows(), logged() as log, pytest.raises(StopIteration):
+        Search(tiny_pipe(), asked, tmp_path, on_progress=stop_at("choose")).run()
+    records = trials_of(tmp_path).records()
+    own = [record for record in records if "row" not in record.notes]
+    assert len(own) == 4 and len({record.notes["digest"] for record in own}) == 1
+    first, *twins = own
+    assert [twin.value for twin in twins] == [first.value] * 3
+    assert {twin.notes["duplicate_of"] for twin in twins} == {first.number}
+    assert Counter(log.scored("trials")) == Counter({r.notes["digest"]: 1 for r in records})
+    assert len(verify.finalists(own, float("inf"))) == 1
+
+
+# -- stopping and resuming ------------------------------------------------------------------------
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from autofr.evaluate import Evaluator
+import test_search
+
+score, calls = Evaluator.score, []
+
+def deadly(self, policy, seeds=None):
+    calls.append(policy.digest)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score(self, policy, seeds)
+
+Evaluator.score = deadly
+test_search.run_in(Path(sys.argv[1]), test_search.settings())
+"""
+
+
+def test_kill_9_loses_one_trial_and_nothing_else(tmp_path: Path) -> None:
+    """After `kill -9` the same run resumes, repeats no finished trial and counts none twice."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", DIE, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    folder = tmp_path / "run"
+    database = (folder / "study.db").read_bytes()
+    before = trials_of(tmp_path / "run").records()
+    assert len(before) == 3
+    (folder / "study.db").write_bytes(database)  # as the killed process left it
+    with logged() as log:
+        outcome = run_in(folder, settings())
+    after = trials_of(folder).records()
+    assert after[:3] == before
+    evaluated = Counter(log.scored("trials"))
+    assert evaluated.keys().isdisjoint({record.notes["digest"] for record in before})
+    assert max(evaluated.values()) == 1
+    rows = Counter(record.notes["row"] for record in after if "row" in record.notes)
+    assert set(rows.values()) == {1} and len(rows) == 2
+    assert len([r for r in after if "row" not in r.notes]) == settings().trials
+    assert len([r for r in after if "retry_of" in r.notes]) == 1
+    assert outcome.result.trials == len(after)
+    with (folder / "trials.csv").open() as file:
+        assert sum("FAIL" in line for line in file) == 1
+
+
+def test_ctrl_c_loses_one_trial_and_nothing_else(tmp_path: Path, monkeypatch: Any) -> None:
+    """An interrupt passes through, and leaves a folder in which the same run goes on."""
+    score, calls = Evaluator.score, []
+
+    def interrupted(self: Evaluator, policy: Policy, seeds: int | None = None) -> Any:
+        calls.append(policy.digest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, policy, seeds)
+
+    monkeypatch.setattr(Evaluator, "score", interrupted)
+    pipe, asked = tiny_pipe(), settings()
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, asked)
+    before = trials_of(tmp_path).records()
+    assert len(before) == 2
+    with work_clock(), few_rows(), run_folder(tmp_path, spec_of(pipe, asked)):  # the lock is free
+        with pytest.raises(StopIteration):
+            Search(pipe, asked, tmp_path, on_progress=stop_at("choose")).run()
+    after = trials_of(tmp_path).records()
+    assert after[:2] == before
+    assert trials_of(tmp_path).proposed() == asked.trials
+    assert set(calls[3:]).isdisjoint(record.notes["digest"] for record in before)
+
+
+def test_out_of_time_no_new_trial_starts(tmp_path: Path, monkeypatch: Any) -> None:
+    """After the time limit the search ends with what it has."""
+    now = iter(range(0, 10**6, 7))
+    clock = types.SimpleNamespace(monotonic=lambda: next(now), strftime=search.time.strftime)
+    monkeypatch.setattr(search, "time", clock)
+    asked = settings(time_limit=20)  # two looks at the clock
+    with work_clock(), few_rows(), pytest.raises(StopIteration):
+        Search(tiny_pipe(), asked, tmp_path, on_progress=stop_at("choose")).run()
+    assert 0 < len(trials_of(tmp_path).records()) < 5
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_model_that_gives_nan_is_a_failure(tmp_path: Path) -> None:
+    """NaN from the denoiser ends the search at once, and says so."""
+    pipe = tiny_pipe()
+    pipe.unet.conv_out.bias.fill_(float("nan"))
+    with work_clock(), pytest.raises(MeasurementError, match="NaN"):
+        Search(pipe, settings(), tmp_path).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_out_of_reach_names_the_largest_that_is_not(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """The speed-up that the refusal names is one that the same search accepts."""
+    (tmp_path / "profile.json").write_bytes((finished.folder / "profile.json").read_bytes())
+    asked = settings(budget=parse_budget("900x"))
+    with work_clock(), pytest.raises(BudgetError, match="cannot be met") as refusal:
+        Search(tiny_pipe(), asked, tmp_path).run()
+    named = str(refusal.value).split("settings is ")[1].split()[0]
+    asked = settings(budget=parse_budget(named), trials=1)
+    with work_clock(), few_rows(), pytest.raises(StopIteration):
+        Search(tiny_pipe(), asked, tmp_path, on_progress=stop_at("choose")).run()
+    assert any("row" not in record.notes for record in trials_of(tmp_path).records())
+
+
+def test_a_time_that_the_teacher_meets_is_refused(finished: Finished, tmp_path: Path) -> None:
+    """There is nothing to search where the pipe is fast enough already."""
+    (tmp_path / "profile.json").write_bytes((finished.folder / "profile.json").read_bytes())
+    with pytest.raises(BudgetError, match="already takes only"):
+        Search(tiny_pipe(), settings(budget=parse_budget("90s")), tmp_path).run()
+
+
+# -- remarks --------------------------------------------------------------------------------------
+
+
+def exact(value: float) -> Interval:
+    """An interval of no width."""
+    return Interval(value=value, low=value, high=value)
+
+
+def row(name: str, group: str, gain: float, error: float, reference: float) -> Row:
+    """A row of the table with the numbers that remarks compare."""
+    return Row(
+        name=name,
+        group=group,
+        solver=name,
+        steps=STEPS,
+        network_calls=STEPS / gain,
+        predicted_speedup=gain,
+        error=exact(error),
+        reference_error=exact(reference),
+        candidate=group != "other solver",
+    )
+
+
+CHOSEN = row("chosen", "chosen", 1.5, 0.02, 0.05)
+
+
+def test_a_better_solver_is_remarked_on() -> None:
+    """Where another solver is nearer to the fine solution at this time, the search says so."""
+    lines = remarks([CHOSEN, row("UniPC, 4 steps", "other solver", 1.5, 0.3, 0.04)])
+    assert any("Another solver" in line and "UniPC, 4 steps" in line for line in lines)
+
+
+@pytest.mark.parametrize(("gain", "reference"), [(1.5, 0.06), (1.5 * AS_FAST - 0.01, 0.04)])
+def test_a_worse_or_slower_solver_is_not_remarked_on(gain: float, reference: float) -> None:
+    """A solver that is farther from the fine solution, or takes longer, is no better one."""
+    lines = remarks([CHOSEN, row("UniPC, 4 steps", "other solver", gain, 0.3, reference)])
+    assert not any("Another solver" in line for line in lines)
+
+
+def test_a_better_row_is_remarked_on() -> None:
+    """A published row that is as fast and nearer to the teacher is never passed over in silence."""
+    lines = remarks([CHOSEN, row("FRDiff M=2", "frdiff", 1.6, 0.01, 0.05)])
+    assert any("FRDiff M=2 is as fast and nearer" in line for line in lines)
+    lines = remarks([CHOSEN, row("FRDiff M=2", "frdiff", 1.6, 0.03, 0.05)])
+    assert not any("nearer to the teacher" in line for line in lines)
+
+
+def test_a_measured_speed_counts_before_a_predicted_one() -> None:
+    """Rows are compared by what was measured, where anything was."""
+    measured = CHOSEN.model_copy(update={"speedup": exact(1.7)})
+    assert speed(measured) == 1.7 and speed(CHOSEN) == 1.5
