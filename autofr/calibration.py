@@ -43,7 +43,7 @@ def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
 
 
 def worth_calibrating(masks: Masks, costs: Costs) -> dict[str, tuple[str, ...]]:
-    """Leave out masks that save too little, and cuts that cost nearly the same as a shallower one.
+    """Leave out masks that save too little, and cuts that cost nearly the same as a deeper one.
 
     Each mask costs about `max_gap` reduced runs to calibrate; what is left still spans the range.
     """

@@ -75,6 +75,8 @@ def remarks(rows: Sequence[Row]) -> list[str]:
             " change, change the solver first and search on top of it; the policy is for keeping"
             " the images of the solver that you have."
         )
+    if all(row.group != "other solver" for row in rows):
+        lines.append("No other solver is shown: this pipe cannot drive those that are compared.")
     rivals = [row for row in as_fast if row.candidate]
     if rivals:
         best = min(rivals, key=lambda row: row.error.value)

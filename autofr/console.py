@@ -88,8 +88,7 @@ def words(policy: Policy) -> list[str]:
         f"model     {policy.model.name} ({policy.model.denoiser}, {policy.model.fingerprint})",
         f"sampler   {policy.sampler.scheduler}, {n} steps for a call of {policy.sampler.replaces}",
         f"steps     {strip}",
-        "          K key, · jump, "
-        + ", ".join(f"{letter} {name}" for name, letter in letters.items()),
+        "          " + ", ".join(["K key", "· jump", *(f"{v} {k}" for k, v in letters.items())]),
         "counts    " + ", ".join(f"{count} {name}" for name, count in counts.items()),
         f"keyframes {', '.join(map(str, policy.keyframes))}",
         f"mix       {policy.mix.kind}",

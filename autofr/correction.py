@@ -50,16 +50,18 @@ def correct(
 
     def refit(
         step: int,
-        sample: torch.Tensor,
+        given: torch.Tensor,
         reduced: torch.Tensor | None,
         scores: Sequence[torch.Tensor],
     ) -> tuple[float, ...]:
-        wanted = _wanted_score(pipe, step, sample, scores[0], teacher.latents[step])
-        rows[step] = _fit(rows[step], wanted, reduced, scores)
+        # Not `given`: some schedulers scale the latents before the denoiser gets them.
+        wanted = _wanted_score(pipe, step, tape.latents[-1], scores[0], teacher.latents[step])
+        if wanted is not None:
+            rows[step] = _fit(rows[step], wanted, reduced, scores)
         return rows[step]
 
     for _ in range(rounds):
-        with reuse(pipe, policy) as patch:
+        with reuse(pipe, policy) as patch, record(pipe) as tape:
             patch.refit_mix(refit)
             run()
         policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
@@ -68,14 +70,20 @@ def correct(
 
 def _wanted_score(
     pipe: Pipe, step: int, sample: torch.Tensor, score: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """The score with which this solver step, from where the policy is, reaches the target."""
+) -> torch.Tensor | None:
+    """The score with which this solver step, from where the policy is, reaches the target.
+
+    None where the step does not depend on its score (DDIM's last without `set_alpha_to_one`).
+    """
     time = pipe.scheduler.timesteps[step]
+    sample, score = sample.float(), score.float()
     zero, one = (
         bare_scheduler(pipe.scheduler).step(s, time, sample)[0].double()
         for s in (torch.zeros_like(score), score)
     )
     moved = one - zero
+    if float(moved.norm()) <= 1e-5 * float(zero.norm()):
+        return None
     slope = float((moved * score.double()).sum() / score.double().square().sum())
     return (target.double() - zero) / slope
 

@@ -22,7 +22,6 @@ from autofr.policy import Interval, Policy
 from autofr.quality import Features, mean_interval, relative_error
 from autofr.sampler import Samples, draw, reuse
 
-
 FINE = 5  # the fine reference takes this many times the teacher's steps
 
 
@@ -210,7 +209,7 @@ class Evaluator:
         self.pulse.calibrate()
         self.teacher_speedup = self.pulse.speedup()
         few = self.seeds[: min(fine_seeds, len(self.seeds))]
-        self.fine = self._draw(few, FINE * steps)
+        self.fine = self._draw(few, fine_steps(pipe, steps))
         self.pulse.taken = []
         self._on_progress = None  # scores of single policies report nothing
         self.teacher_features = features(self.teacher.images) if features else None
@@ -253,6 +252,11 @@ class Evaluator:
         return relative_error(found.latents[:n], self.fine.latents[:n])
 
 
+def fine_steps(pipe: Pipe, steps: int) -> int:
+    """Steps of the fine reference; a scheduler has only so many timesteps."""
+    return min(FINE * steps, int(pipe.scheduler.config.get("num_train_timesteps", 1000)))
+
+
 @contextmanager
 def solver(pipe: Pipe, scheduler: object) -> Iterator[None]:
     """Put another scheduler into the pipe inside the block."""
@@ -265,13 +269,27 @@ def solver(pipe: Pipe, scheduler: object) -> Iterator[None]:
 
 
 def other_solvers(pipe: Pipe) -> dict[str, object]:
-    """Better solvers of the same model, as users would set them; never candidates."""
+    """Better solvers of the same model, as users would set them; never candidates.
+
+    Some pipes pass arguments that only their own solver takes; what such a pipe cannot drive is
+    left out.
+    """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     config = pipe.scheduler.config
-    return {
+    found = {
         "DPM-Solver++ 2M Karras": DPMSolverMultistepScheduler.from_config(
             config, use_karras_sigmas=True
         ),
         "UniPC": UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"),
     }
+    return {name: scheduler for name, scheduler in found.items() if _drives(pipe, scheduler)}
+
+
+def _drives(pipe: Pipe, scheduler: object) -> bool:
+    try:
+        with solver(pipe, scheduler):
+            draw(pipe, [0], 2)
+    except TypeError:
+        return False
+    return True

@@ -173,13 +173,14 @@ def _similarity(
 ) -> tuple[dict[str, Similarity], dict[str, int]]:
     """Compare every point's tensor with those of the `max_gap` steps before it, in one run.
 
-    Only `max_gap` steps are held at a time.
+    Only `max_gap` steps are held at a time. Of a step with several calls the first one counts.
     """
     names = [*points, SCORE]
     empty: list[float | None] = [None] * steps
     cosine = {name: [list(empty) for _ in range(max_gap)] for name in names}
     change = {name: [list(empty) for _ in range(max_gap)] for name in names}
     sizes: dict[str, int] = {}
+    compared: set[int] = set()
     window: deque[dict[str, torch.Tensor]] = deque(maxlen=max_gap)
     patch = Patch(pipe, [[point] for point in points.values()]).install()
 
@@ -196,9 +197,11 @@ def _similarity(
         if not bool(score.isfinite().all()):
             raise MeasurementError(f"the model returned NaN or infinity at step {step}")
         now = {**patch.run.kept.tensors, SCORE: score}
-        sizes.update({name: tensor.nbytes for name, tensor in now.items()})
-        compare(step, now)
         patch.run.kept.tensors.clear()
+        if step not in compared:
+            compared.add(step)
+            sizes.update({name: tensor.nbytes for name, tensor in now.items()})
+            compare(step, now)
 
     try:
         with patch.keyframe(), record(pipe, on_score=listen):

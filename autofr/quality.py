@@ -90,9 +90,11 @@ def load_features(folder: Path) -> Features | None:
         state = {name: value.float() for name, value in load_file(weights).items()}
         real = load_file(statistics)
         encoder = Encoder(len(state["head.bias"]))
-        encoder.load_state_dict(state, strict=False)
+        encoder.load_state_dict(state)
         reference = Reference(real["mean"], real["covariance"], int(real["count"]))
-    except (SafetensorError, KeyError, RuntimeError) as error:
+        if reference.covariance.shape != (encoder.num_features, len(reference.mean)):
+            raise ValueError("features and reference differ in size")
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the feature files are damaged ({error})") from None
     return Features(
         encoder.eval().requires_grad_(False), reference, f"bundled {folder.name} features"

@@ -88,9 +88,9 @@ PROFILE = {
 LEGEND = """\
 The chosen policy is in bold. Speed-ups are of the whole call: measured, with a 95 % interval, or
 *predicted* (italics). Errors are the relative L2 distance of the final latents on validation
-seeds, to the teacher and to the reference ({reference}). FID is comparable within this table only:
-features are {features}. Rows marked "another solver" change the solver itself, so they draw other
-images; they are shown for comparison and are no candidates."""
+seeds, to the teacher and to the reference ({reference}). {fid}Rows marked
+"another solver" change the solver itself, so they draw other images; they are shown for comparison
+and are no candidates."""
 USAGE = """\
 ```python
 import autofr
@@ -105,12 +105,12 @@ def markdown(result: Result, folder: Path) -> None:
     lines = table(result, "*{}*")
     for line in lines[1:]:
         line[0] = f"**{line[0]}**" if line[0] == result.chosen else line[0]
-    features = result.features or "none"
+    fid = f"FID compares within this table only: {result.features}. " if result.features else ""
     sections = {
         f"# {result.model}, budget {result.budget}": [headline(result), _verdict(result)],
         "## Before and after": _links(folder, BEFORE_AFTER),
         "## Remarks": ["\n".join(f"- {remark}" for remark in result.remarks)],
-        "## Results": [_rows(lines), LEGEND.format(reference=result.reference, features=features)],
+        "## Results": [_rows(lines), LEGEND.format(reference=result.reference, fid=fid)],
         "## The chosen policy on test seeds": [_rows(_final(result))],
         "## How to use it": [USAGE.format(pipeline=result.pipeline, steps=result.steps)],
         "## The profile": _links(folder, PROFILE),

@@ -14,7 +14,7 @@ from autofr import baselines, correction
 from autofr.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
 from autofr.compare import policy_row, remarks, solver_row
 from autofr.errors import BudgetError
-from autofr.evaluate import FINE, Candidate, Evaluator, Result, Row, other_solvers
+from autofr.evaluate import Candidate, Evaluator, Result, Row, fine_steps, other_solvers
 from autofr.planner import out_of_reach
 from autofr.points import Pipe, discover, find_denoiser
 from autofr.policy import Measured, Policy, Provenance
@@ -27,7 +27,7 @@ from autofr.verify import Verdict, finalists, test, within_budget
 
 OnProgress = Callable[[str, int, int], None]
 SAFETY = 0.985  # plan this much below the budget: prediction and measurement differ a little
-FRONT = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+FRONT = (1.25, 1.5, 2.0, 3.0)  # speed-ups at which the front is shown
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Search:
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         self._tables: dict[int, Calibration] = {}
         self._path: correction.Trajectory | None = None
         self._latent_shape: tuple[int, ...] = ()
@@ -67,7 +68,7 @@ class Search:
         self._costs = self._profile.costs
         self._target = settings.budget.seconds_of(self._costs.teacher(settings.steps))
         self._frame = self._new_frame(SAFETY * self._target)
-        fastest = fastest_seconds(settings.space, self._frame)
+        fastest = fastest_seconds(settings.space, self._frame) / SAFETY
         if fastest > self._target:
             raise BudgetError(out_of_reach(self._costs, settings.steps, self._target, fastest))
         if largest_gap(settings.space) > 1:
@@ -245,7 +246,10 @@ class Search:
         if "row" in record.notes:
             return None
         frame = replace(self._frame, seconds=seconds)
-        return self.candidate(decode(self.settings.space, fixed(record.params), frame))
+        try:
+            return self.candidate(decode(self.settings.space, fixed(record.params), frame))
+        except BudgetError:  # beyond what these parameters can reach
+            return None
 
     def _rows(self, ledger: Ledger, verdict: Verdict) -> list[Row]:
         """All rows: teacher, published, the planned front, the choice, other solvers."""
@@ -257,19 +261,17 @@ class Search:
         rows += [Row.model_validate(line) for line in lines]
         solvers = other_solvers(self.pipe)
         affordable = max(2, int((self._target - costs.fixed) / costs.key))
-        counts = sorted({affordable, max(2, affordable // 2)}, reverse=True)
         chosen = replace(verdict.found, name="chosen", group="chosen")
         planned = [*self._front(verdict), chosen]
-        total = len(planned) + len(solvers) * len(counts)
+        total = len(planned) + len(solvers)
         for done, found in enumerate(planned):
             self.on_progress("table", done, total)
             rows.append(policy_row(found, evaluator.score(found.policy), evaluator, costs))
         rows[-1] = rows[-1].model_copy(update={"speedup": verdict.timing.ratio})
         for name, scheduler in solvers.items():
-            for steps in counts:
-                self.on_progress("table", total - 1, total)
-                score = evaluator.score_solver(scheduler, steps)
-                rows.append(solver_row(name, steps, score, evaluator, costs))
+            self.on_progress("table", total - 1, total)
+            score = evaluator.score_solver(scheduler, affordable)
+            rows.append(solver_row(name, affordable, score, evaluator, costs))
         return rows
 
     def _front(self, verdict: Verdict) -> list[Candidate]:
@@ -278,10 +280,7 @@ class Search:
         asked = teacher / self._target
         front = []
         for speedup in (s for s in FRONT if abs(s / asked - 1) > 0.05):
-            try:
-                found = self._again(verdict.record, SAFETY * teacher / speedup)
-            except BudgetError:  # beyond what the space can reach
-                continue
+            found = self._again(verdict.record, SAFETY * teacher / speedup)
             if found is not None:
                 front.append(replace(found, name=f"planned {speedup:g}x", group="planned"))
         return front
@@ -316,7 +315,7 @@ class Search:
             versions=versions(),
             seeds={p: f"{s[0]} to {s[-1]}" for p, s in seeds.items()},
             features=self.features.name if self.features else None,
-            reference=f"{FINE * self.settings.steps} steps of the same solver",
+            reference=f"{fine_steps(self.pipe, self.settings.steps)} steps of the same solver",
             rows=rows,
             chosen="chosen",
             trials=len(records),

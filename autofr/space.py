@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from autofr import baselines
 from autofr.baselines import Draft
@@ -28,8 +28,8 @@ from autofr.policy import (
     Step,
 )
 
-Span = tuple[float, float]
-MixName = Literal["fit1", "fit2", "sigmoid", "hard_sigmoid", "linear", "cosine", "step", "constant"]
+FamilyName = Literal["sigmoid", "hard_sigmoid", "linear", "cosine", "step", "constant"]
+MixName = Literal["fit1", "fit2", FamilyName]
 MaskFamily = Literal["all", "jump", "cuts", "jump+cuts", "jump+branches", "jump+frdiff", "frdiff"]
 SHIPPED = ("default", "frdiff", "direct")
 
@@ -38,48 +38,52 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _ordered(span: Span) -> Span:
+def _ordered(span: tuple[float, float]) -> tuple[float, float]:
     if span[0] > span[1]:
         raise ValueError(f"expected [lowest, highest], got {list(span)}")
     return span
 
 
+_Ordered = AfterValidator(_ordered)
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0)]
+Span = Annotated[tuple[_Finite, _Finite], _Ordered]
+Taus = Annotated[tuple[_Positive, _Finite], _Ordered]
+Counts = Annotated[tuple[Annotated[int, Field(ge=0)], int], _Ordered]
+Ones = Annotated[tuple[Annotated[int, Field(ge=1)], int], _Ordered]
+Intervals = Annotated[tuple[Annotated[int, Field(ge=2)], int], _Ordered]
+
+
 class _Axes(_Value):
-    tau: Span = (5.0, 60.0)
+    tau: Taus = (5.0, 60.0)
     bias: Span = (0.0, 0.8)
     mix: tuple[MixName, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _spans(self) -> _Axes:
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int | float):
-                _ordered(value)
-        return self
 
 
 class PlannedAxes(_Axes):
     """What varies around the planner."""
 
-    steps: tuple[Annotated[float, Field(gt=0.1, le=1)], ...] = (1.0,)
-    max_gap: tuple[Annotated[int, Field(ge=1)], int] = (3, 8)
-    masks: tuple[MaskFamily, ...] = ("all",)
+    steps: tuple[Annotated[float, Field(gt=0.1, le=1)], ...] = Field((1.0,), min_length=1)
+    max_gap: Ones = (3, 8)
+    masks: tuple[MaskFamily, ...] = Field(("all",), min_length=1)
     phase: Span = (0.0, 0.0)
-    first: tuple[Annotated[int, Field(ge=1)], int] = (1, 1)
-    last: tuple[Annotated[int, Field(ge=0)], int] = (0, 0)
-    rollouts: tuple[Annotated[int, Field(ge=0)], int] = (0, 0)
+    first: Ones = (1, 1)
+    last: Counts = (0, 0)
+    rollouts: Counts = (0, 0)
 
 
 class UniformAxes(_Axes):
     """What the paper varies."""
 
-    interval: tuple[Annotated[int, Field(ge=2)], int] = (2, 12)
+    interval: Intervals = (2, 12)
+    mix: tuple[FamilyName, ...] = Field(min_length=1)
 
 
 class DirectAxes(_Axes):
     """Which kinds of points get a bit per block."""
 
     groups: tuple[Literal["conv", "branch", "attn"], ...] = ("conv", "branch", "attn")
+    mix: tuple[FamilyName, ...] = Field(min_length=1)
 
 
 class Planned(_Value):
@@ -180,11 +184,16 @@ def guesses(space: Space) -> list[dict[str, Any]]:
 
 
 def fastest_seconds(space: Space, frame: Frame) -> float:
-    """The least seconds per call that any policy of the space could take."""
-    gap = largest_gap(space) if isinstance(space, Planned) else frame.steps - 1
-    keys = -(-frame.steps // (gap + 1))
+    """The least seconds per call that any policy of the space could take.
+
+    The planner sets keyframes at most `max_gap` apart; as many steps may follow the last one.
+    """
+    steps, gap = frame.steps, frame.steps
+    if isinstance(space, Planned):
+        steps, gap = _steps(frame, min(space.axes.steps)), largest_gap(space)
+    keys = max(1, -(-(steps - 1) // gap))
     costs = frame.costs
-    return costs.fixed + keys * costs.key + (frame.steps - keys) * costs.jump
+    return costs.fixed + keys * costs.key + (steps - keys) * costs.jump
 
 
 class Trial(Protocol):
@@ -246,6 +255,10 @@ def family(name: str, masks: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(mask for part in name.split("+") for mask in parts[part])
 
 
+def _steps(frame: Frame, share: float) -> int:
+    return max(2, round(frame.steps * share))
+
+
 def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
     share = trial.suggest_categorical("steps", axes.steps)
     name = trial.suggest_categorical("masks", axes.masks)
@@ -262,7 +275,7 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
         last=trial.suggest_int("last", *axes.last),
     )
     rollouts = trial.suggest_int("rollouts", *axes.rollouts)
-    steps = max(2, round(frame.steps * share))
+    steps = _steps(frame, share)
     found = plan(frame.calibration(steps), frame.costs, rule, frame.seconds)
     draft = Draft(f"planned ({name}, {mix_name(mix)})", "planned", found.steps, found.mix)
     return Decoded(draft, frame.masks, found.seconds, rollouts if isinstance(mix, str) else 0)
@@ -272,7 +285,9 @@ def _uniform(axes: UniformAxes, trial: Trial, frame: Frame) -> Decoded:
     """The interval is widened until the budget is met."""
     mix = _family(axes, trial)
     interval = trial.suggest_int("interval", *axes.interval)
-    for wider in range(interval, frame.steps + 1):
+    if "frdiff" not in frame.masks:
+        raise BudgetError("FRDiff's points save too little time here")
+    for wider in range(min(interval, frame.steps), frame.steps + 1):
         draft = baselines.uniform(
             f"FRDiff M={wider}, {mix_name(mix)}", "frdiff", frame.steps, wider, "frdiff", mix
         )

@@ -37,12 +37,12 @@ class Settings:
     steps: int = 50
     batch: int = 8
     seed: int = 0
-    trials: int = 24
+    trials: int = 12
     time_limit: float | None = None
     calibration_seeds: int = 8
     trial_seeds: int = 16
     validation_seeds: int = 48
-    test_seeds: int = 128
+    test_seeds: int = 96
     command: str = ""
 
     def seeds(self, purpose: str) -> list[int]:
@@ -180,8 +180,9 @@ class Ledger:
             self._reap()
             trials = len(self._study.trials)
         except Exception as error:  # SQLAlchemy's tree is not ours to import
+            cause = str(error).partition("\n")[0]
             raise RunFolderError(
-                f"{path}: the study cannot be opened ({type(error).__name__}: {error}); move the"
+                f"{path}: the study cannot be opened ({type(error).__name__}: {cause}); move the"
                 " file away to start afresh"
             ) from None
         # A resumed algorithm with the same seed would propose the same trials again.
@@ -197,7 +198,8 @@ class Ledger:
             attrs = {"retry_of": trial.number}
             if "row" in trial.user_attrs:
                 attrs["row"] = trial.user_attrs["row"]
-            self._study.enqueue_trial(trial.params, user_attrs=attrs)
+            asked = trial.system_attrs.get("fixed_params", {})  # it may not have read them all yet
+            self._study.enqueue_trial(asked | trial.params, user_attrs=attrs)
 
     def enqueue_rows(self, names: Sequence[str]) -> None:
         """Queue the published schedules by name, each once."""

@@ -56,7 +56,7 @@ def flat(score):
     return score.flatten().double().numpy()
 
 
-# -- inner products ---------------------------------------------------------------------------------
+# -- inner products ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +98,17 @@ def test_reduced_scores_with_the_teachers(teacher, mask):
 def test_entries_without_a_keyframe_are_nan(teacher):
     """Exactly the entries that no keyframe reaches are left open."""
     table = teacher[2]
-    steps, gaps = np.arange(N)[:, None], np.arange(1, GAPS + 1)[None]
-    assert (np.isnan(table.own) == (gaps > steps)).all()
-    assert (np.isnan(table.cross) == (gaps > steps)[:, :, None].swapaxes(1, 2)).all()
+    unreached = np.arange(1, GAPS + 1)[None] > np.arange(N)[:, None]
+    assert (np.isnan(table.own) == unreached).all()
+    assert (np.isnan(table.cross) == unreached[:, :, None]).all()
 
 
 def test_reuse_errs_more_with_the_gap_and_the_mask(teacher):
     """Errors |reduced - teacher|² are positive, and the shallow cut's exceed the deep cut's."""
     table = teacher[2]
     steps = np.arange(1, N)
-    error = table.own[:, steps, 0] - 2 * table.cross[:, steps, 0, steps] + table.teacher.diagonal()[1:]
+    error = table.own[:, steps, 0] - 2 * table.cross[:, steps, 0, steps]
+    error += table.teacher.diagonal()[steps]
     assert (error > 0).all()
     assert error[CHOSEN.index("cut0")].sum() < error[CHOSEN.index("cut6")].sum()
 
@@ -168,7 +169,7 @@ def test_saving_and_loading_are_inverse(teacher, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table.npz"]
 
 
-# -- gains ------------------------------------------------------------------------------------------
+# -- gains ---------------------------------------------------------------------------------------
 
 
 def test_gains_of_ddim_are_products_of_coefficients():
@@ -232,10 +233,13 @@ def test_gains_of_noisy_solvers_repeat(pipe):
     np.testing.assert_array_equal(
         step_gains(pipe, tape.first_latents, scores, tape.steps), first
     )  # fmt: skip
-    assert (first < 10).all()
+    quiet = SOLVERS["ddim"]()  # noise that differed between replays would show as a huge gain
+    pipe.scheduler = quiet
+    calm = step_gains(pipe, tape.first_latents, scores, tape.steps)
+    assert (first < 3 * calm).all()
 
 
-# -- masks --------------------------------------------------------------------------------------------
+# -- masks ---------------------------------------------------------------------------------------
 
 
 def test_candidates_are_the_published_masks(pipe):
@@ -259,10 +263,10 @@ def test_only_masks_that_save_are_calibrated():
         "cut4": ("e#stage",),
     }  # fmt: skip
     spent = dict(
-        attn=0.9, frdiff=0.5, branches=0.48, cut0=0.86, cut1=0.7, cut2=0.66, cut3=0.64, cut4=0.3
+        attn=0.9, frdiff=0.5, branches=0.48, cut0=0.86, cut1=0.7, cut2=0.66, cut3=0.63, cut4=0.3
     )
     for unit in (1.0, 1e-3):
         costs = Costs(unit, 0.0, 0.0, {name: unit * share for name, share in spent.items()})
         kept = worth_calibrating(masks, costs)
-        assert [*kept] == ["frdiff", "branches", "cut1", "cut3", "cut4"]  # 0.64 < 0.7 - 0.06
+        assert [*kept] == ["frdiff", "branches", "cut1", "cut3", "cut4"]  # 0.63 < 0.7 - 0.06
         assert all(kept[name] == masks[name] for name in kept)

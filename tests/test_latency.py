@@ -43,7 +43,7 @@ def clock(monkeypatch):
     return one
 
 
-# -- budgets --------------------------------------------------------------------------------------
+# -- budgets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_budget_that_is_met_already_is_refused():
     assert parse_budget("180ms").seconds_of(0.2) == pytest.approx(0.18)
 
 
-# -- costs ----------------------------------------------------------------------------------------
+# -- costs ---------------------------------------------------------------------------------------
 
 steps_of = st.lists(st.sampled_from(["key", "jump", "m"]), max_size=12)
 
@@ -185,7 +185,7 @@ def test_rounds_are_reported(clock):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-# -- pairs ----------------------------------------------------------------------------------------
+# -- pairs ---------------------------------------------------------------------------------------
 
 
 def test_a_steady_ratio_is_found(clock):
@@ -218,11 +218,9 @@ def test_the_interval_holds_the_value(seed, ratio, noise):
 
 
 def test_the_order_alternates_and_before_is_told(clock):
-    """Every call is announced as 0 or 1; the first pair warms up; then the order turns each time."""
+    """Every call is announced as 0 or 1; after a warm-up pair the order turns each time."""
     log = []
-    paired(
-        lambda: clock.takes(1.0), lambda: clock.takes(2.0), before=log.append, min_pairs=4
-    )  # fmt: skip
+    paired(lambda: clock.takes(1.0), lambda: clock.takes(2.0), before=log.append, min_pairs=4)
     assert log == [0, 1, 0, 1, 1, 0, 0, 1, 1, 0]
 
 

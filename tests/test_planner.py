@@ -211,8 +211,8 @@ def test_a_plan_meets_the_budget_or_says_what_can_be_met(world, rule, speedup):
         found = plan(world.calibration, COSTS, rule, teacher / speedup)
     except BudgetError as error:
         assert fastest > teacher / speedup
-        assert f"the largest that can under these settings is {teacher / fastest:.2f}x" in str(error)
         assert f"a budget of {speedup:.2f}x" in str(error)
+        assert f"largest that can under these settings is {teacher / fastest:.2f}x" in str(error)
         return
     assert found.seconds <= teacher / speedup * (1 + 1e-9)
     fitting = [one for one in every if one[1] <= teacher / speedup * (1 + 1e-9)]
@@ -314,7 +314,7 @@ def test_masks_that_were_not_calibrated_are_left_out():
     target = COSTS.teacher(6) / 1.5
     more = plan(world.calibration, COSTS, Rule(("absent", "cheap")), target)
     assert more == plan(world.calibration, COSTS, Rule(("cheap",)), target)
-    with pytest.raises(BudgetError, match="largest that can under these settings is 1.00x"):
+    with pytest.raises(BudgetError, match=r"these settings is 1\.00x"):
         plan(world.calibration, COSTS, Rule(("absent",)), target)
     alone = plan(world.calibration, COSTS, Rule(()), COSTS.teacher(6))
     assert alone.steps == ("key",) * 6

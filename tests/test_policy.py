@@ -130,7 +130,7 @@ def inside(field, **changes):
     return json.dumps(fields | {field: fields[field] | changes})
 
 
-# -- the file -----------------------------------------------------------------------------------
+# -- the file ------------------------------------------------------------------------------------
 
 
 @laws
@@ -209,12 +209,12 @@ BAD = {
     "too many steps": (edited(steps=["key"] * 5), "steps: 5 entries"),
     "a first step reused": (edited(steps=["m"] * 4), r'steps\[0\]: must be "key", got "m"'),
     "a first step held": (edited(steps=["jump"] * 4), r'steps\[0\]: must be "key"'),
-    "a reserved mask name": (edited(masks={"m": ["a"], "key": ["a"]}), 'masks: "key" is a reserved'),
+    "a reserved mask name": (edited(masks={"m": ["a"], "key": ["a"]}), '"key" is a reserved name'),
     "an empty mask": (edited(masks={"m": []}), r'masks\["m"\]: no points'),
     "an unknown mix": (edited(mix={"kind": "magic"}), "mix: "),
     "a negative τ": (edited(mix={"kind": "sigmoid", "tau": -1.0}), "mix.sigmoid.tau: "),
     "λ above 1": (edited(mix={"kind": "constant", "value": 1.5}), "mix.constant.value: "),
-    "a falling line": (edited(mix={"kind": "linear", "start": 1.0, "end": 0.0}), "end must be above"),
+    "a falling line": (edited(mix={"kind": "linear", "start": 1.0, "end": 0.0}), "mix.linear: end "),
     "a text of digits in a table": (
         edited(mix={"kind": "table", "weights": [[], ["12"], [0.0, 1.0], []]}),
         r"mix.table.weights.1.0: ",
@@ -255,10 +255,10 @@ def test_a_field_written_twice_is_refused():
 
 ROWS = {
     "too few rows": ([[], [1.0], [0.0, 1.0]], r"mix.weights: 3 rows, but there are 4 steps"),
-    "weights of a keyframe": ([[1.0], [1.0], [0.0, 1.0], []], r"mix.weights\[0\]: the row of a key"),
+    "weights of a keyframe": ([[1.0], [1.0], [0.0, 1.0], []], r"weights\[0\]: the row of a key"),
     "an empty row": ([[], [], [0.0, 1.0], []], r"mix.weights\[1\]: 0 weights, expected 1 to 2"),
     "more than the keyframes": ([[], [1.0, 0.0, 0.0], [0.0, 1.0], []], r"\[1\]: 3 weights"),
-    "a jump with a network": ([[], [1.0], [0.5, 1.0], []], r"mix.weights\[2\]: a jump starts with 0"),
+    "a jump with a network": ([[], [1.0], [0.5, 1.0], []], r"weights\[2\]: a jump starts with 0"),
     "a jump of nothing": ([[], [1.0], [0.0], []], r"mix.weights\[2\]: 0 alone is no mix"),
     "a mask of nothing": ([[], [0.0], [0.0, 1.0], []], r"mix.weights\[1\]: 0 alone is no mix"),
 }  # fmt: skip
@@ -274,7 +274,7 @@ def test_a_bad_table_names_the_row(case):
 
 def test_a_bad_file_is_named(tmp_path):
     """Errors of load name the path: missing, a folder, not text, not a policy, far too large."""
-    with pytest.raises(PolicyError, match="missing.json: cannot read"):
+    with pytest.raises(PolicyError, match=r"missing\.json: cannot read"):
         load(tmp_path / "missing.json")
     with pytest.raises(PolicyError, match="cannot read"):
         load(tmp_path)
@@ -302,7 +302,7 @@ def test_the_schema_knows_every_field():
     assert found["additionalProperties"] is False
 
 
-# -- what it means --------------------------------------------------------------------------------
+# -- what it means -------------------------------------------------------------------------------
 
 TABLE = Table(weights=((), (0.9, 0.1), (0.0, 1.0), ()))
 
@@ -340,9 +340,11 @@ def test_lambda_is_a_rising_share(mix, r, later):
 
 @pytest.mark.parametrize(
     ("steps", "index", "share"),
-    [(50, 21, 0), (50, 22, 0.05), (50, 25, 0.5), (50, 28, 0.95), (50, 29, 1)]
-    + [(20, 8, 0), (20, 9, 0.125), (20, 10, 0.5), (20, 11, 0.875), (20, 12, 1)],
-)
+    [
+        (50, 21, 0), (50, 22, 0.05), (50, 25, 0.5), (50, 28, 0.95), (50, 29, 1),
+        (20, 8, 0), (20, 9, 0.125), (20, 10, 0.5), (20, 11, 0.875), (20, 12, 1),
+    ],
+)  # fmt: skip
 def test_the_released_lambda(steps, index, share):
     """The hard sigmoid has the values of FRDiff's released code; λ ≤ 0 is a jump, λ ≥ 1 no mix."""
     row = mix_row("m", HardSigmoid(tau=30, bias=0.5), index, steps)
@@ -353,7 +355,7 @@ def test_the_released_lambda(steps, index, share):
 @pytest.mark.parametrize(
     ("mix", "values"),
     [
-        (Sigmoid(tau=30, bias=0.5), {0.5: 0.5, 0.6: 1 / (1 + math.exp(-3)), 0.0: 1 / (1 + math.e**15)}),
+        (Sigmoid(tau=30, bias=0.5), {0.5: 0.5, 0.6: 1 / (1 + math.exp(-3)), 0.0: 3.059e-7}),
         (Linear(start=0.2, end=0.7), {0.1: 0, 0.2: 0, 0.45: 0.5, 0.7: 1, 0.9: 1}),
         (Cosine(), {0.0: 0, 1 / 3: 0.25, 0.5: 0.5, 1.0: 1}),
         (Step(bias=0.4), {0.39: 0, 0.4: 1, 1.0: 1}),

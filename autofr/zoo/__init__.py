@@ -91,8 +91,8 @@ def _resolve(model: str) -> tuple[str, str, Path | None]:
         return path.resolve().name, str(path), path
     if model.count("/") == 1 and not path.exists() and not model.startswith((".", "/")):
         return model, model, None
-    near = difflib.get_close_matches(model, BUNDLED, n=2, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    near = difflib.get_close_matches(model.lower(), BUNDLED, n=2, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ModelError(
         f"no model {model!r}{hint} Bundled: {', '.join(BUNDLED)}. Or give a local diffusers folder"
         " (./my-pipeline, as written by pipe.save_pretrained) or a hub id (owner/name)."

@@ -19,7 +19,8 @@ from autofr.zoo import glyphs
 from autofr.zoo.loop import train
 
 FEATURE_CHANNELS = 64
-AUGMENTATIONS = 24
+WIDE = {"count": 24}
+MILD = {"count": 12, "rotate": 4.0, "scale": (0.92, 1.0), "shift": 0.02}
 
 
 def mixed_precision(like: torch.Tensor) -> torch.autocast:
@@ -130,11 +131,11 @@ def features(images: torch.Tensor, seconds: float, work: Path, seed: int) -> Enc
 
 @torch.no_grad()
 def encode(
-    vae: torch.nn.Module, images: torch.Tensor, seed: int
+    vae: torch.nn.Module, images: torch.Tensor, seed: int, count: int, **affine: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `AUGMENTATIONS` augmented views of each glyph and their latents."""
+    """Return `count` augmented views of each glyph and their latents."""
     generator = torch.Generator().manual_seed(seed)
-    views = torch.cat([glyphs.augment(images, generator) for _ in range(AUGMENTATIONS)])
+    views = torch.cat([glyphs.augment(images, generator, **affine) for _ in range(count)])
     latents = torch.cat([vae.encode(batch).latents for batch in views.split(64)])
     return views, latents
 
@@ -184,13 +185,20 @@ def build_scheduler() -> Any:
     )
 
 
-def denoiser(latents: torch.Tensor, seconds: float, work: Path, seed: int) -> torch.nn.Module:
-    """Train the denoiser to predict the noise (DDPM's simple loss), with an average of weights."""
+def denoiser(
+    wide: torch.Tensor, mild: torch.Tensor, seconds: float, work: Path, seed: int
+) -> torch.nn.Module:
+    """Train the denoiser to predict the noise (DDPM's simple loss), with an average of weights.
+
+    Widely varied views come first, mildly varied ones last: few samples are enough then to draw
+    glyphs that one recognises.
+    """
     torch.manual_seed(seed)
-    model = build_denoiser().to(latents.device)
-    signal = build_scheduler().alphas_cumprod.to(latents.device)
+    model = build_denoiser().to(wide.device)
+    signal = build_scheduler().alphas_cumprod.to(wide.device)
 
     def loss(step: int, fraction: float, generator: torch.Generator) -> torch.Tensor:
+        latents = wide if fraction < 0.6 else mild
         count = 32 if latents.device.type == "cpu" else 256
         clean = latents[
             torch.randint(len(latents), (count,), generator=generator).to(latents.device)
@@ -239,15 +247,16 @@ def main(
     if not cached.is_file():
         torch.save(glyphs.render(every).mul(127.5).add(127.5).round().byte(), cached)
     images = (torch.load(cached, weights_only=True).to(device).float() / 127.5) - 1
-    share = {"autoencoder": 0.19, "features": 0.04, "denoiser": 0.77}
+    share = {"autoencoder": 0.17, "features": 0.06, "denoiser": 0.77}
     seconds = {stage: 60 * minutes * part for stage, part in share.items()}
     vae = autoencoder(images[domain], seconds["autoencoder"], work, seed)
     encoder = features(images, seconds["features"], work, seed)
-    views, latents = encode(vae, images[domain], seed)
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    _, wide = encode(vae, images[domain], seed, **WIDE)
+    mean, std = wide.mean((0, 2, 3)), wide.std((0, 2, 3))
     standardise(vae, mean, std)
-    latents = (latents - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    unet = denoiser(latents, seconds["denoiser"], work, seed)
+    wide = (wide - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    views, mild = encode(vae, images[domain], seed, **MILD)
+    unet = denoiser(wide, mild, seconds["denoiser"], work, seed)
     recipe = dict(minutes=minutes, device=device, seed=seed, glyphs=len(domain), seconds=seconds)
     from autofr.zoo.export import export
 

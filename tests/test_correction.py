@@ -1,0 +1,187 @@
+"""Laws of correcting a mix by rollouts: nearer to the teacher, and the same policy otherwise."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import ddim
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autofr import sampler
+from autofr.calibration import candidate_masks
+from autofr.correction import _fit, correct, trajectory
+from autofr.patch import record
+from autofr.points import discover
+from autofr.policy import HardSigmoid, Policy, Table
+
+laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
+
+N, SEEDS = 6, [0, 1]
+SOLVERS = {
+    "ddim": ddim,
+    "euler": lambda: diffusers.EulerDiscreteScheduler.from_config(ddim().config),
+    "dpmpp": lambda: diffusers.DPMSolverMultistepScheduler.from_config(ddim().config),
+}
+PLANS = [
+    ("key", "branches", "jump", "key", "cut6", "jump"),
+    ("key", "key", "branches", "jump", "jump", "cut6"),
+    ("key", "jump", "key", "frdiff", "key", "jump"),
+]
+
+
+def table(steps):
+    """Plain reuse and holding, written as a table with room for two keyframes' scores."""
+    rows: list[tuple[float, ...]] = []
+    keys = 0
+    for step in steps:
+        keys += step == "key"
+        room = (0.0,) * (min(keys, 2) - 1)
+        rows.append(() if step == "key" else ((0.0, 1.0) if step == "jump" else (1.0, 0.0)) + room)
+    return Table(weights=tuple(rows))
+
+
+def policy(pipe, steps, mix=None):
+    """A policy of this pipe with the candidate masks."""
+    masks = candidate_masks(discover(pipe.unet))
+    return sampler.compose(
+        pipe, "tiny", steps, masks, mix or table(steps), replaces=N, latent_shape=(3, 8, 8)
+    )
+
+
+def drawer(pipe, seeds=SEEDS):
+    """What calls the pipe on the calibration seeds."""
+    return lambda: sampler.draw(pipe, seeds, N)
+
+
+def distances(pipe, one, teacher):
+    """Distance of the policy's latents from the teacher's after every step."""
+    with sampler.reuse(pipe, one), record(pipe) as tape:
+        drawer(pipe)()
+    pairs = zip(tape.latents, teacher.latents, strict=True)
+    return np.array([float((a - b).double().norm()) for a, b in pairs])
+
+
+@pytest.mark.parametrize("steps", PLANS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_correcting_brings_the_policy_nearer(pipe, solver, steps):
+    """On the seeds it was corrected on, the path is nowhere further from the teacher's."""
+    pipe.scheduler = SOLVERS[solver]()
+    teacher = trajectory(pipe, drawer(pipe))
+    before = policy(pipe, steps)
+    after = correct(pipe, before, teacher, drawer(pipe))
+    old, new = (distances(pipe, one, teacher) for one in (before, after))
+    assert (new <= old * (1 + 1e-3)).all()
+    assert new[-1] < 0.95 * old[-1]
+
+
+def test_more_rounds_do_not_hurt(pipe):
+    """A second round starts from the first one's table and stays about as near."""
+    teacher = trajectory(pipe, drawer(pipe))
+    before = policy(pipe, PLANS[0])
+    once, twice = (correct(pipe, before, teacher, drawer(pipe), rounds) for rounds in (1, 2))
+    assert once.mix != twice.mix
+    ends = [distances(pipe, one, teacher)[-1] for one in (before, once, twice)]
+    assert ends[2] <= 1.01 * ends[1] < ends[0]
+    assert correct(pipe, before, teacher, drawer(pipe), rounds=0) == before
+
+
+@pytest.mark.parametrize("steps", PLANS)
+def test_only_the_weights_change(pipe, steps):
+    """Rows keep their shape: empty at keyframes, leading 0 at jumps; the rest is as it was."""
+    before = policy(pipe, steps)
+    after = correct(pipe, before, trajectory(pipe, drawer(pipe)), drawer(pipe))
+    assert after.model_copy(update={"mix": before.mix}) == before
+    assert Policy.model_validate(after.model_dump()) == after
+    for step, old, new in zip(steps, before.mix.weights, after.mix.weights, strict=True):
+        assert len(old) == len(new) and np.isfinite(new).all()
+        if step == "jump":
+            assert new[0] == 0
+        assert (old == new) == (step == "key")
+
+
+def test_a_mask_that_is_held_stays_held(pipe):
+    """A table row that starts with 0 at a mask is no network call, before and after."""
+    steps = ("key", "branches", "key", "branches", "jump", "key")
+    rows = ((), (0.0, 1.0), (), (1.0, 0.0, 0.0), (0.0, 1.0), ())
+    before = policy(pipe, steps, Table(weights=rows))
+    after = correct(pipe, before, trajectory(pipe, drawer(pipe)), drawer(pipe))
+    assert after.mix.weights[1][0] == 0
+    with sampler.reuse(pipe, after) as patch:
+        drawer(pipe)()
+    assert patch.counts == {"key": 3, "jump": 2, "mask": 1}
+
+
+def test_what_has_no_fitted_table_is_returned_as_it_is(pipe):
+    """A λ(t) family and another number of steps are left alone, without a run."""
+    teacher = trajectory(pipe, drawer(pipe))
+
+    def never():
+        raise AssertionError("no run was needed")
+
+    family = policy(pipe, PLANS[0], HardSigmoid())
+    assert correct(pipe, family, teacher, never) is family
+    short = policy(pipe, ("key", "jump", "key"))
+    assert correct(pipe, short, teacher, never) is short
+
+
+def test_solvers_with_stages_are_left_alone(pipe):
+    """Heun calls twice per step, so that a step has no one score: the policy stays."""
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(ddim().config)
+    teacher = trajectory(pipe, drawer(pipe))
+    assert len(teacher.latents) == 2 * N - 1
+    before = policy(pipe, PLANS[0])
+    assert correct(pipe, before, teacher, drawer(pipe)) is before
+
+
+def test_a_step_that_ignores_its_score_keeps_its_weights(pipe):
+    """Without `set_alpha_to_one` DDIM's last step is the identity: there is nothing to fit."""
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(ddim().config, set_alpha_to_one=False)
+    teacher = trajectory(pipe, drawer(pipe))
+    before = policy(pipe, PLANS[0])
+    after = correct(pipe, before, teacher, drawer(pipe), rounds=2)
+    assert after.mix.weights[-1] == before.mix.weights[-1]
+    assert after.mix.weights[-2] != before.mix.weights[-2]
+    assert np.abs(np.concatenate(after.mix.weights)).max() < 100
+
+
+def test_correcting_leaves_the_pipe_as_it_was(pipe):
+    """No policy stays applied, also after an error in the middle."""
+    bare = sampler.draw(pipe, SEEDS, N).latents
+    teacher = trajectory(pipe, drawer(pipe))
+    torch.testing.assert_close(teacher.latents[-1], bare, rtol=0, atol=0)
+    correct(pipe, policy(pipe, PLANS[0]), teacher, drawer(pipe))
+
+    def stop():
+        sampler.draw(pipe, SEEDS, N)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        correct(pipe, policy(pipe, PLANS[0]), teacher, stop)
+    assert torch.equal(sampler.draw(pipe, SEEDS, N).latents, bare)
+    assert "step" not in vars(pipe.scheduler)
+
+
+numbers = st.floats(-3, 3, width=32)
+
+
+@laws
+@given(st.integers(0, 10**6), st.integers(0, 2), st.booleans(), st.lists(numbers, min_size=4))
+def test_a_fit_is_never_further_than_the_old_weights(seed, kept, held, old):
+    """The fitted mix of the same scores is at least as near to what is wanted."""
+    kept = max(kept, int(held))
+    generator = torch.Generator().manual_seed(seed)
+    reduced, *scores = torch.randn(4, 1, 2, 3, generator=generator)
+    parts = [torch.zeros_like(reduced) if held else reduced, *scores[:kept]]
+    wanted = sum(parts) + 0.5 * torch.randn(1, 2, 3, generator=generator)
+    before = (0.0 if held else old[0], *old[1 : 1 + kept])
+    after = _fit(before, wanted.double(), None if held else reduced, scores)
+    assert len(after) == len(before) and (after[0] == 0 or not held)
+
+    def distance(weights):
+        mixed = sum(w * part for w, part in zip(weights, parts, strict=True))
+        return float((mixed - wanted).double().norm())
+
+    assert distance(after) <= distance(before) * (1 + 1e-4) + 1e-4

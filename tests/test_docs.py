@@ -1,0 +1,201 @@
+"""Laws of the documents: README, help texts and CHANGELOG say what the program does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import autofr
+from autofr.cli import app
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+GROUP = typer.main.get_command(app)
+COMMANDS = GROUP.commands  # type: ignore[attr-defined]
+OTHER = {"python", "py", "json", "toml"}  # blocks of these languages hold no command lines
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    """The README's text."""
+    path = ROOT / "README.md"
+    if not path.is_file():
+        pytest.skip("there is no README.md yet")
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Fenced code blocks as (language, content)."""
+    found = re.findall(r"^```(\S*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(language.lower(), content) for language, content in found]
+
+
+def command_lines(text: str) -> list[str]:
+    """Lines of code blocks that call autofr, prompts and continuations undone."""
+    lines = []
+    for language, content in blocks(text):
+        if language not in OTHER:
+            lines += content.replace("\\\n", " ").splitlines()
+    bare = [re.sub(r"^\s*\$?\s*(\S*bin/)?", "", line) for line in lines]
+    return [line for line in bare if line.startswith("autofr ")]
+
+
+def objection(line: str) -> str | None:
+    """Say what the command line does not accept about a line; None if it accepts all of it."""
+    words = shlex.split(line, comments=True)[1:]
+    while words[:1] == ["--debug"]:
+        words = words[1:]
+    if not words or words[0] not in COMMANDS:
+        return f"{line}: no such command"
+    try:
+        COMMANDS[words[0]].make_context(words[0], words[1:])
+    except Exception as error:  # typer's own tree of usage errors is private
+        return f"{line}: {error}"
+    return None
+
+
+def names_used(script: str) -> set[str]:
+    """Dotted names of autofr that a script imports or reads."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(script)):
+        match node:
+            case ast.Import():
+                names |= {alias.name for alias in node.names}
+            case ast.ImportFrom(module=str(module)):
+                names |= {f"{module}.{alias.name}" for alias in node.names}
+            case ast.Attribute(value=ast.Name(id="autofr"), attr=attribute):
+                names.add(f"autofr.{attribute}")
+    return {name for name in names if name.split(".")[0] == "autofr"}
+
+
+def exists(name: str) -> bool:
+    """Say whether a dotted name is a module, or a name in one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        if module and hasattr(importlib.import_module(module), attribute):
+            return True
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+# -- the reader itself ----------------------------------------------------------------------------
+
+
+def test_the_reader_finds_command_lines() -> None:
+    """The reader that the laws below rely on sees prompts, continuations and paths."""
+    text = (
+        "```bash\n$ autofr models  # all\n.venv/bin/autofr show a.json\nmake search\n"
+        "autofr search \\\n  --budget 2x\n```\n"
+        "```python\nautofr .apply\n```\nautofr outside\n"
+    )
+    assert [line.split() for line in command_lines(text)] == [
+        ["autofr", "models", "#", "all"],
+        ["autofr", "show", "a.json"],
+        ["autofr", "search", "--budget", "2x"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "accepted"),
+    [
+        ("autofr models --json", True),
+        ("autofr --debug search --budget 2x  # a comment --surprise", True),
+        ("autofr find --budget 2x", False),
+        ("autofr search --bugdet 2x", False),
+        ("autofr search --batch many", False),
+        ("autofr search --batch", False),
+        ("autofr show", False),
+        ("autofr show a.json b.json", False),
+    ],
+)
+def test_the_reader_knows_what_the_program_accepts(line: str, accepted: bool) -> None:
+    """Unknown commands, unknown options, bad values and missing arguments are all objected to."""
+    assert (objection(line) is None) == accepted
+
+
+# -- README and help ------------------------------------------------------------------------------
+
+
+def test_command_lines_in_the_readme_are_accepted(readme: str) -> None:
+    """Every command line that the README shows can be copied: commands and options exist."""
+    lines = command_lines(readme)
+    assert lines
+    assert [found for line in lines if (found := objection(line))] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_a_help_text_is_accepted(name: str) -> None:
+    """The example of each command is a line that the command takes."""
+    (line,) = re.findall(r"Example: `(autofr [^`]+)`", COMMANDS[name].help)
+    assert line.split()[1] == name
+    assert objection(line) is None
+
+
+def test_the_readme_mentions_every_command(readme: str) -> None:
+    """There is no command that only its help knows."""
+    assert [n for n in COMMANDS if f"autofr {n}" not in readme and f"`{n}`" not in readme] == []
+
+
+def test_scripts_in_the_readme_use_what_exists(readme: str) -> None:
+    """Every Python block compiles, and one of them shows how a policy is used."""
+    scripts = [content for language, content in blocks(readme) if language in ("python", "py")]
+    used = set().union(*map(names_used, scripts))
+    assert used & {"autofr.apply", "autofr.reuse"}
+    assert [name for name in used if not exists(name)] == []
+
+
+def test_a_policy_is_used_with_ten_lines(readme: str) -> None:
+    """The first script of the README is short."""
+    script = next(content for language, content in blocks(readme) if language in ("python", "py"))
+    assert len([line for line in script.splitlines() if line.strip()]) <= 10
+
+
+def test_the_file_tree_names_every_file(readme: str) -> None:
+    """A new file of the package is explained before it is used."""
+    trees = "\n".join(content for _, content in blocks(readme))
+    files = [path.name for path in (ROOT / "autofr").glob("*.py") if path.name[0] != "_"]
+    assert [name for name in files if not re.search(rf"(?<![\w.]){re.escape(name)}\b", trees)] == []
+
+
+def test_the_file_tree_names_no_file_that_is_gone(readme: str) -> None:
+    """The tree does not speak of files that are no more."""
+    named = set(re.findall(r"^\s+(\w+\.py)\s", "\n".join(c for _, c in blocks(readme)), re.M))
+    assert named
+    assert named - {path.name for path in (ROOT / "autofr").glob("*.py")} == set()
+
+
+def test_pictures_and_links_lead_somewhere(readme: str) -> None:
+    """Local links of the README lead to files of the checkout, once there are results."""
+    links = re.findall(r"\]\(([^)#\s]+)\)", readme)
+    local = [link for link in links if "://" not in link]
+    if not any((ROOT / "results").glob("*/report.md")):
+        local = [link for link in local if not link.startswith("results/")]
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_public_names_are_documented_in_the_package(readme: str) -> None:
+    """What `import autofr` offers for use in a pipeline is in the README."""
+    for name in ("apply", "remove", "reuse"):
+        assert name in autofr.__all__
+        assert f"autofr.{name}" in readme
+
+
+# -- CHANGELOG ------------------------------------------------------------------------------------
+
+
+def test_the_changelog_has_the_current_version() -> None:
+    """The version that is built has its section, and the section has entries."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    head = rf"^## \[?{re.escape(PROJECT['version'])}\b"
+    assert re.search(head, text, re.MULTILINE)
+    section = re.split(head, text, flags=re.MULTILINE)[1].split("\n## ")[0]
+    assert re.search(r"^- \S", section, re.MULTILINE)

@@ -1,0 +1,321 @@
+"""Laws of a run's folder and of its ledger."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+
+import optuna
+import pytest
+from test_search import SPACE, settings, tiny_pipe
+
+from autofr.errors import RunFolderError
+from autofr.latency import parse_budget
+from autofr.study import PURPOSES, STATE, Ledger, Spec, run_folder, spec_of
+
+SPEC = Spec(
+    model="tiny",
+    denoiser="UNet2DModel",
+    fingerprint="0" * 16,
+    weights="1" * 16,
+    scheduler="DDIMScheduler",
+    budget="1.5x",
+    steps=6,
+    batch=2,
+    space="default",
+    space_digest="2" * 12,
+    seed=0,
+    device="cpu",
+    dtype="float32",
+    threads=1,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as a run has it."""
+    return enter(tmp_path / "run")
+
+
+def enter(folder: Path, spec: Spec = SPEC) -> Path:
+    """Own a folder for a moment."""
+    with run_folder(folder, spec) as owned:
+        return owned
+
+
+def ledger(folder: Path) -> Ledger:
+    """The ledger of a run, as a new process opens it."""
+    return Ledger(folder, 0, "default")
+
+
+def propose(book: Ledger) -> tuple[optuna.Trial, tuple[float, ...]]:
+    """Start a trial and read its parameters, as a decoder does."""
+    trial = book.ask()
+    return trial, (trial.suggest_float("tau", 0, 60), trial.suggest_float("bias", 0, 1))
+
+
+def states(folder: Path) -> list[str]:
+    """The state of every trial, read by another reader than the ledger's."""
+    path = folder / STATE / "study.db"
+    study = optuna.load_study(study_name="autofr", storage=f"sqlite:///{path}")
+    return [trial.state.name for trial in study.trials]
+
+
+# -- seeds ----------------------------------------------------------------------------------------
+
+
+def test_seeds_of_all_purposes_and_runs_are_disjoint() -> None:
+    """No seed serves two purposes, whatever the run's own seed is."""
+    runs = [settings(seed=seed, test_seeds=5_000) for seed in (0, 1, 7)]
+    drawn = [set(run.seeds(purpose)) for run in runs for purpose in PURPOSES]
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(drawn, 2))
+
+
+# -- the folder -----------------------------------------------------------------------------------
+
+
+def test_the_same_spec_is_let_in_again(folder: Path) -> None:
+    """The same command resumes in its folder."""
+    assert enter(folder) == folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budget": "2x"},
+        {"steps": 50},
+        {"seed": 3},
+        {"weights": "f" * 16},
+        {"space": "frdiff", "space_digest": "3" * 12},
+        {"threads": 8},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_spec_is_refused_with_the_difference(folder: Path, change: dict) -> None:
+    """A folder holds one run; what differs is named, with both values, and nothing else."""
+    with pytest.raises(RunFolderError, match="holds another run") as refusal:
+        enter(folder, SPEC.model_copy(update=change))
+    said = str(refusal.value)
+    for name, value in change.items():
+        assert f"{name}: {getattr(SPEC, name)} there, {value} asked" in said
+    assert said.count(" there, ") == len(change)
+    assert "--out" in said
+    enter(folder)  # the refusal changed nothing and let the lock go
+
+
+def test_everything_that_decides_a_run_is_in_its_spec() -> None:
+    """Budget, steps, batch, seed and space tell runs apart; the number of trials does not."""
+    pipe = tiny_pipe()
+    base = spec_of(pipe, settings())
+    one = SPACE.model_copy(update={"axes": SPACE.axes.model_copy(update={"phase": (0.0, 0.0)})})
+    changes = [
+        {"budget": parse_budget("2x")},
+        {"steps": 7},
+        {"batch": 3},
+        {"seed": 1},
+        {"space": one},
+    ]
+    assert all(spec_of(pipe, settings(**change)) != base for change in changes)
+    assert spec_of(pipe, settings(trials=99, time_limit=60, command="again")) == base
+    pipe.unet.conv_in.weight += 1
+    assert spec_of(pipe, settings()) != base
+
+
+def test_two_owners_at_once_are_refused(folder: Path) -> None:
+    """While a run is on, nobody else works in its folder; afterwards it is free again."""
+    with run_folder(folder, SPEC), pytest.raises(RunFolderError, match="another autofr process"):
+        enter(folder)
+    enter(folder)
+
+
+def test_an_error_lets_the_folder_go(folder: Path) -> None:
+    """A run that fails does not keep the lock."""
+    with pytest.raises(ZeroDivisionError), run_folder(folder, SPEC):
+        raise ZeroDivisionError
+    enter(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": "tiny"}', "\x00\x01"])
+def test_a_damaged_spec_is_refused(folder: Path, text: str) -> None:
+    """A spec that cannot be read is named, never overwritten."""
+    path = folder / STATE / "spec.json"
+    path.write_text(text)
+    with pytest.raises(RunFolderError, match=r"spec\.json is damaged"):
+        enter(folder)
+    assert path.read_text() == text
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    """A run never mixes its files with somebody else's."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds other files"):
+        enter(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_result_without_its_study_is_searched_anew(folder: Path) -> None:
+    """Results that came without their state, such as those of a repository, are no obstacle."""
+    (folder.parent / "reference").mkdir()
+    (folder.parent / "reference" / "result.json").write_text("{}")
+    assert enter(folder.parent / "reference").is_dir()
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_file_in_the_way_is_named(tmp_path: Path, inside: str) -> None:
+    """Where no folder can be made, the message says where and how to give another."""
+    (tmp_path / "way").write_text("")
+    with pytest.raises(RunFolderError, match=r"cannot write there .*--out"):
+        enter(tmp_path / "way" / inside)
+
+
+# -- the ledger -----------------------------------------------------------------------------------
+
+
+def test_a_finished_trial_keeps_its_value_and_notes(folder: Path) -> None:
+    """What was told is there after reopening: parameters, value, notes."""
+    book = ledger(folder)
+    assert book.records() == []
+    trial, params = propose(book)
+    book.tell(trial, 0.25, {"label": "one", "seconds": 1.5})
+    (record,) = ledger(folder).records()
+    assert tuple(record.params.values()) == params
+    assert record.value == 0.25
+    assert record.notes["label"] == "one" and record.notes["seconds"] == 1.5
+
+
+def test_a_trial_that_was_running_is_run_again_once(folder: Path) -> None:
+    """What a killed process left behind is closed, and its parameters wait, once."""
+    book = ledger(folder)
+    done, _ = propose(book)
+    book.tell(done, 1.0, {"label": "done"})
+    _, lost = propose(book)  # killed here
+    again = ledger(folder)
+    assert states(folder) == ["COMPLETE", "FAIL", "WAITING"]
+    assert [record.number for record in again.records()] == [0]
+    assert ledger(folder).waiting() == 1  # looking again queues nothing more
+    trial, params = propose(again)
+    assert params == lost
+    assert trial.user_attrs["retry_of"] == 1
+    again.tell(trial, 2.0, {"label": "retried"})
+    assert ledger(folder).waiting() == 0
+    assert [record.value for record in ledger(folder).records()] == [1.0, 2.0]
+
+
+def test_a_queued_trial_is_not_lost_before_it_reads_its_parameters(folder: Path) -> None:
+    """Killed between being taken and being decoded, a queued trial keeps what it was to try."""
+    book = ledger(folder)
+    book.enqueue({"tau": 30.0, "bias": 0.5})
+    book.ask()
+    _, params = propose(ledger(folder))
+    assert params == (30.0, 0.5)
+
+
+def test_a_row_that_was_running_is_run_again_as_a_row(folder: Path) -> None:
+    """A published schedule stays one when it is retried, and is queued once."""
+    book = ledger(folder)
+    book.enqueue_rows(["4 steps", "FRDiff M=2"])
+    assert book.ask().user_attrs["row"] == "4 steps"
+    again = ledger(folder)
+    again.enqueue_rows(["4 steps", "FRDiff M=2"])
+    waiting = [again.ask().user_attrs["row"] for _ in range(again.waiting())]
+    assert sorted(waiting) == ["4 steps", "FRDiff M=2"]
+
+
+def test_rows_and_guesses_are_queued_once(folder: Path) -> None:
+    """However often a run resumes, no published schedule and no guess runs twice."""
+    for _ in range(3):
+        book = ledger(folder)
+        book.enqueue_rows(["4 steps", "FRDiff M=2"])
+        book.enqueue({"tau": 30.0, "bias": 0.5})
+        assert book.waiting() == 3
+    for _ in range(3):
+        trial, _ = propose(book)
+        book.tell(trial, 1.0, {})
+    book = ledger(folder)
+    book.enqueue_rows(["4 steps", "FRDiff M=2"])
+    book.enqueue({"tau": 30.0, "bias": 0.5})
+    assert book.waiting() == 0 and len(book.records()) == 3
+
+
+def test_a_failed_row_is_queued_again(folder: Path) -> None:
+    """A row that an interrupt cut short is no finished one."""
+    book = ledger(folder)
+    book.enqueue_rows(["4 steps"])
+    book.give_up(book.ask(), "KeyboardInterrupt", failed=True)
+    book.enqueue_rows(["4 steps"])
+    assert book.waiting() == 1
+
+
+def test_a_resumed_run_proposes_something_else(folder: Path) -> None:
+    """A run that goes on does not propose its first trials again."""
+    book = ledger(folder)
+    first = []
+    for _ in range(3):
+        trial, params = propose(book)
+        book.tell(trial, sum(params), {})
+        first.append(params)
+    book = ledger(folder)
+    resumed = [propose(book)[1] for _ in range(3)]
+    assert set(first).isdisjoint(resumed)
+
+
+def test_equal_runs_propose_the_same(tmp_path: Path) -> None:
+    """The algorithm is seeded: a fresh run with the same seed starts with the same trials."""
+    proposals = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        enter(tmp_path / name)
+        proposals.append(propose(Ledger(tmp_path / name, seed, "default"))[1])
+    assert proposals[0] == proposals[1] != proposals[2]
+
+
+def test_only_the_algorithms_trials_count_as_proposed(folder: Path) -> None:
+    """Rows are extra, given-up trials count, failed ones do not."""
+    book = ledger(folder)
+    book.enqueue_rows(["4 steps"])
+    book.tell(book.ask(), 1.0, {})
+    book.tell(propose(book)[0], 1.0, {})
+    book.give_up(propose(book)[0], "no plan meets the budget")
+    book.give_up(propose(book)[0], "KeyboardInterrupt", failed=True)
+    assert book.proposed() == 2
+    assert len(book.records()) == 2
+
+
+def test_the_table_of_trials_has_a_line_for_each(folder: Path) -> None:
+    """`trials.csv` tells every trial's state, value, parameters and reason."""
+    book = ledger(folder)
+    book.enqueue_rows(["4 steps"])
+    book.tell(book.ask(), 0.5, {"label": "4 steps", "digest": "d0"})
+    trial, params = propose(book)
+    book.tell(trial, 0.25, {"label": "planned, fit2", "digest": "d1"})
+    book.tell(propose(book)[0], 0.5, {"label": "again", "digest": "d0", "duplicate_of": 0})
+    book.give_up(propose(book)[0], 'a budget of 3x, as "asked",\ncannot be met')
+    propose(book)  # still running
+    path = folder / "trials.csv"
+    book.write_csv(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["trial"] for line in lines] == ["0", "1", "2", "3", "4"]
+    assert [line["state"] for line in lines] == [*["COMPLETE"] * 3, "PRUNED", "RUNNING"]
+    assert [line["error"] for line in lines] == ["0.5", "0.25", "0.5", "", ""]
+    assert (float(lines[1]["tau"]), float(lines[1]["bias"])) == params
+    assert lines[2]["duplicate_of"] == "0"
+    assert "cannot be met" in lines[3]["reason"]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "folder"])
+def test_a_damaged_study_is_refused(folder: Path, damage: str) -> None:
+    """A study that cannot be read is named with the way out, never overwritten."""
+    book = ledger(folder)
+    book.tell(propose(book)[0], 1.0, {})
+    del book
+    path = folder / STATE / "study.db"
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        whole = path.read_bytes()
+        path.write_bytes(b"no database" * 99 if damage == "garbage" else whole[: len(whole) // 2])
+    with pytest.raises(RunFolderError, match=r"study\.db: .*cannot be opened .* move the file"):
+        ledger(folder)
+    assert path.exists()

@@ -1,0 +1,229 @@
+"""Laws of the choice: finalists, the budget held by measurement, the test on its own seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_search import STEPS, settings, tiny_pipe, work_clock
+
+from autofr import verify
+from autofr.errors import BudgetError, MeasurementError
+from autofr.evaluate import Candidate
+from autofr.latency import Paired, parse_budget
+from autofr.policy import Constant, Interval, Policy, Table
+from autofr.sampler import compose
+from autofr.study import Record
+from autofr.verify import NEAR, finalists, within_budget
+
+
+def record(number: int, value: float, seconds: float, **notes: Any) -> Record:
+    """A finished trial."""
+    return Record(number, {"tau": float(number)}, value, {"seconds": seconds, **notes})
+
+
+def policy(steps: Sequence[str] = ("key", "jump") * 3, mix: Constant | None = None) -> Policy:
+    """A policy of a tiny pipe."""
+    return compose(
+        tiny_pipe(), "tiny", steps, {}, mix or Constant(), replaces=STEPS, latent_shape=(3, 8, 8)
+    )
+
+
+POLICY = policy()
+
+
+def candidate(name: str, seconds: float) -> Candidate:
+    """A candidate with a prediction; what it does is of no account here."""
+    return Candidate(name, "planned", POLICY, seconds)
+
+
+# -- finalists ------------------------------------------------------------------------------------
+
+
+def test_finalists_meet_the_time_and_are_near_the_best() -> None:
+    """Only trials that are fast enough, within 15 % of the least error among those, come on."""
+    records = [
+        record(0, 0.0100, 1.1),  # the least error, too slow
+        record(1, 0.0200, 0.9),
+        record(2, 0.0200 * NEAR, 1.0),
+        record(3, 0.0200 * NEAR + 1e-6, 0.5),
+    ]
+    assert [r.number for r in finalists(records, 1.0)] == [1, 2]
+
+
+def test_finalists_are_few_different_and_sorted() -> None:
+    """At most three, the best first, and no policy twice."""
+    records = [record(i, 0.02 - i * 1e-4, 1.0) for i in range(5)]
+    records.append(record(5, 0.0196, 1.0, duplicate_of=4))
+    assert [r.number for r in finalists(records, 1.0)] == [4, 3, 2]
+
+
+def test_nobody_may_be_fast_enough() -> None:
+    """Without a trial that meets the time there is no finalist."""
+    assert finalists([record(0, 0.1, 2.0)], 1.0) == []
+    assert finalists([], 1.0) == []
+
+
+# -- held to the budget ---------------------------------------------------------------------------
+
+
+class Bench:
+    """Stands in for timing: each candidate is as fast as its name says; notes what was timed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lows: Sequence[float]) -> None:
+        self.lows, self.asked = iter(lows), []
+        self.timed = 0
+        monkeypatch.setattr(verify, "time_policy", self.time_policy)
+
+    def time_policy(self, *_: Any, **__: Any) -> Paired:
+        low = next(self.lows)
+        self.timed += 1
+        ratio = Interval(value=low + 0.02, low=low, high=low + 0.04)
+        return Paired(ratio, 1.0, 1 / ratio.value, 6, ratio.value)
+
+    def again(self, found: Record, seconds: float) -> Candidate | None:
+        self.asked.append((found.number, seconds))
+        return candidate(f"tighter {len(self.asked)}", seconds)
+
+    def choose(self, ranked: Sequence[tuple[Record, Candidate]], budget: str, again: Any) -> Any:
+        asked = settings(budget=parse_budget(budget))
+        return within_budget(None, asked, ranked, again, lambda pairs, width: None)
+
+
+RANKED = [
+    (record(0, 0.01, 0.66), candidate("first", 0.66)),
+    (record(1, 0.02, 0.66), candidate("second", 0.66)),
+]
+
+
+def test_the_first_that_keeps_the_budget_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best candidate is measured once, and taken if the lower end of its interval holds."""
+    bench = Bench(monkeypatch, [1.5])
+    verdict = bench.choose(RANKED, "1.5x", bench.again)
+    assert verdict.found.name == "first" and verdict.record.number == 0
+    assert verdict.timing.ratio.low == 1.5
+    assert bench.asked == []
+
+
+def test_the_lower_end_counts_not_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A speed-up that may be below the budget misses it; the next on its front is taken."""
+    bench = Bench(monkeypatch, [1.49, 1.51])  # the middle of the first is 1.51
+    verdict = bench.choose(RANKED, "1.5x", bench.again)
+    assert verdict.found.name == "tighter 1" and verdict.record.number == 0
+    ((number, seconds),) = bench.asked
+    assert number == 0 and seconds < 0.66
+
+
+def test_a_miss_tightens_by_as_much_as_was_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every further plan is asked for less time, in the measure of what was lacking."""
+    bench = Bench(monkeypatch, [1.2, 1.4999, 1.5])
+    bench.choose(RANKED, "1.5x", bench.again)
+    times = [0.66, *(seconds for _, seconds in bench.asked)]
+    assert times[1] == pytest.approx(0.66 * 1.2 / 1.5)
+    assert times[2] <= 0.995 * times[1]
+
+
+def test_a_candidate_without_a_front_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no tighter plan, the next finalist is measured."""
+    bench = Bench(monkeypatch, [1.4, 1.6])
+    verdict = bench.choose(RANKED, "1.5x", lambda found, seconds: None)
+    assert verdict.found.name == "second" and verdict.record.number == 1
+
+
+def test_nobody_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal says what was asked, and the closest that was measured."""
+    bench = Bench(monkeypatch, [1.31, 1.42, *[1.3] * 98])
+    with pytest.raises(BudgetError, match=r"1\.5x.*1\.42x"):
+        bench.choose(RANKED, "1.5x", bench.again)
+    assert bench.timed == 2 * verify.ATTEMPTS  # and it ends
+
+
+def test_a_time_budget_is_held_against_the_measured_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a time per call is asked, the measured teacher (1 s here) says which speed-up it is."""
+    bench = Bench(monkeypatch, [1.9, 2.0])
+    verdict = bench.choose(RANKED, "500ms", bench.again)
+    assert verdict.timing.ratio.low == 2.0
+
+
+def test_a_policy_is_timed_as_whole_calls_and_taken_off_again() -> None:
+    """Half of the steps held is twice as fast where time is arithmetic; nothing stays behind."""
+    pipe = tiny_pipe()
+    before = sorted(vars(pipe.unet))
+    with work_clock():
+        timing = verify.time_policy(pipe, POLICY, STEPS, 2)
+    assert timing.ratio.value == pytest.approx(2) == timing.ratio.low
+    assert sorted(vars(pipe.unet)) == before
+
+
+def test_masks_without_weight_cost_a_jump() -> None:
+    """A mask that λ gives no weight is not run, so it is counted as a jump."""
+    masked = POLICY.model_copy(
+        update={"masks": {"m": ("x#conv",)}, "steps": ("key", "m") * 3, "mix": Constant(value=0.0)}
+    )
+    assert verify.policy_steps(masked) == ["key", "jump"] * 3
+    kept = masked.model_copy(update={"mix": Constant(value=0.5)})
+    assert verify.policy_steps(kept) == ["key", "m"] * 3
+
+
+# -- the test -------------------------------------------------------------------------------------
+
+
+def try_out(pipe: Any, found: Policy, seeds: Sequence[int] = (7, 8, 9)) -> Any:
+    """Run the test stage on a few seeds."""
+    ratio = Interval(value=2.0, low=1.9, high=2.1)
+    return verify.test(
+        pipe,
+        found,
+        Paired(ratio, 1.0, 0.5, 6, 2.0),
+        2.0,
+        seeds=seeds,
+        steps=STEPS,
+        batch=2,
+        features=None,
+        on_progress=lambda done, total: None,
+    )
+
+
+def test_no_reuse_costs_nothing_in_the_images() -> None:
+    """A policy of keyframes alone has no error at all, and keeps nothing."""
+    measured, (teacher, found) = try_out(tiny_pipe(), policy(["key"] * STEPS))
+    assert torch.equal(teacher.images, found.images)
+    assert measured.trajectory_error.value == measured.low_frequency_error == 0
+    assert measured.samples == 3 and measured.seeds == "7 to 9"
+
+
+def test_the_error_is_that_of_the_same_seeds() -> None:
+    """Teacher and policy are drawn with the same seeds, and each seed by itself."""
+    pipe = tiny_pipe()
+    measured, (teacher, found) = try_out(pipe, POLICY)
+    errors = (found.latents - teacher.latents).flatten(1).norm(dim=1)
+    errors /= teacher.latents.flatten(1).norm(dim=1)
+    assert measured.trajectory_error.value == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert 0 < measured.trajectory_error.low <= measured.trajectory_error.high
+    _, (alone, _) = try_out(pipe, POLICY, seeds=[8])
+    torch.testing.assert_close(alone.latents[0], teacher.latents[1])
+
+
+def test_without_features_there_is_no_fid() -> None:
+    """A model without a feature extractor gets no made-up FID."""
+    measured, _ = try_out(tiny_pipe(), POLICY)
+    assert measured.fid is None
+
+
+def test_a_policy_that_ruins_the_images_is_no_policy() -> None:
+    """Latents that have nothing to do with the teacher's are a failure, not a result."""
+    wild = Table(weights=((), (0.0, 999.0)) * 3)
+    with pytest.raises(MeasurementError, match="no usable policy"):
+        try_out(tiny_pipe(), POLICY.model_copy(update={"mix": wild}))
+
+
+def test_nan_on_the_test_seeds_is_a_failure() -> None:
+    """NaN is never averaged into a number."""
+    pipe = tiny_pipe()
+    pipe.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(MeasurementError, match="NaN"):
+        try_out(pipe, POLICY)
