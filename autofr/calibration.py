@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autofr.clock import bare_scheduler
 from autofr.errors import MeasurementError
 from autofr.latency import Costs
-from autofr.patch import Patch, bare_scheduler, record
+from autofr.patch import Patch, record
 from autofr.points import Pipe, Point, discover, find_denoiser
 
 Masks = Mapping[str, tuple[str, ...]]

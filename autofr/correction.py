@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from autofr.patch import bare_scheduler, record
+from autofr.clock import bare_scheduler
+from autofr.patch import record
 from autofr.points import Pipe
 from autofr.policy import Policy, Table
 from autofr.sampler import reuse

@@ -50,7 +50,9 @@ def main() -> None:
                 "bare ms": round(1000 * found.first_seconds, 1),
                 "all-keyframe ms": round(1000 * found.second_seconds, 1),
                 "overhead %": round(100 * (1 / ratio.value - 1), 2),
-                "95 % interval": f"{100 * (1 / ratio.high - 1):.2f} to {100 * (1 / ratio.low - 1):.2f}",
+                "95 % interval": " to ".join(
+                    f"{100 * (1 / end - 1):.2f}" for end in (ratio.high, ratio.low)
+                ),
                 "CPU time overhead %": round(100 * (1 / found.cpu_ratio - 1), 2),
                 "pairs": found.pairs,
                 "bit-identical": same,

@@ -22,6 +22,7 @@ LAYERS = [
     {"errors"},
     {"policy"},
     {"points"},
+    {"clock"},
     {"patch"},
     {"sampler"},
     {"latency", "quality"},

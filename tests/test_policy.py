@@ -13,6 +13,7 @@ from autofr.errors import PolicyError
 from autofr.policy import (
     Constant,
     Cosine,
+    Fid,
     HardSigmoid,
     Interval,
     Linear,
@@ -66,8 +67,10 @@ def policy(steps=("key", "m", "jump", "key"), masks=None, **changes):
 MEASURED = Measured(
     speedup=Interval(value=1.5, low=1.4, high=1.6), teacher_seconds=3.0, policy_seconds=2.0,
     predicted_speedup=1.5, batch=8, device="cpu", dtype="float32", threads=1,
-    versions={"torch": "2"}, samples=16, seeds="0 to 15", features="none", fid_teacher=1.0,
-    fid_policy=1.1, fid_difference=Interval(value=0.1, low=0.0, high=0.2),
+    versions={"torch": "2"}, samples=16, seeds="0 to 15",
+    fid=Fid(
+        features="mine", teacher=1.0, policy=1.1, difference=Interval(value=0.1, low=0.0, high=0.2)
+    ),
     trajectory_error=Interval(value=0.01, low=0.0, high=0.02), psnr=40.0,
     low_frequency_error=0.01, high_frequency_error=0.1, kept_bytes=1024,
 )  # fmt: skip
@@ -114,7 +117,7 @@ def policies(draw):
         mix=mix,
         model=Model(name=draw(st.text()), denoiser=draw(st.text()), fingerprint=draw(st.text())),
         sampler=sampler(len(steps), config=draw(st.dictionaries(st.text(), config, max_size=3))),
-        measured=draw(st.sampled_from([None, MEASURED])),
+        measured=draw(st.sampled_from([None, MEASURED, MEASURED.model_copy(update={"fid": None})])),
         provenance=draw(st.sampled_from([None, PROVENANCE])),
     )
 
@@ -214,7 +217,7 @@ BAD = {
     "an unknown mix": (edited(mix={"kind": "magic"}), "mix: "),
     "a negative τ": (edited(mix={"kind": "sigmoid", "tau": -1.0}), "mix.sigmoid.tau: "),
     "λ above 1": (edited(mix={"kind": "constant", "value": 1.5}), "mix.constant.value: "),
-    "a falling line": (edited(mix={"kind": "linear", "start": 1.0, "end": 0.0}), "mix.linear: end "),
+    "a falling line": (edited(mix={"kind": "linear", "end": -1.0}), "mix.linear: end must be above"),
     "a text of digits in a table": (
         edited(mix={"kind": "table", "weights": [[], ["12"], [0.0, 1.0], []]}),
         r"mix.table.weights.1.0: ",

@@ -9,8 +9,9 @@ import torch
 from conftest import ddim, make_pipe
 
 from autofr import sampler
+from autofr.clock import solver_steps
 from autofr.errors import PolicyError
-from autofr.patch import record, solver_steps
+from autofr.patch import record
 from autofr.points import discover, find_denoiser, fingerprint
 from autofr.policy import Constant, HardSigmoid, Model, Policy, Table
 
@@ -141,7 +142,7 @@ def test_stage_skips_what_is_deeper():
     pipe = make_pipe()
     points = discover(pipe.unet)
     stages = [p for p in points.values() if p.kind == "stage"]
-    assert [p.module for p in stages][0] == "mid_block"
+    assert stages[0].module == "mid_block"
     assert len(stages) == sum(len(b.resnets) for b in pipe.unet.up_blocks)
     ran: list[str] = []
     for name, module in pipe.unet.named_modules():
