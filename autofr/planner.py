@@ -6,6 +6,7 @@ final latents) the best keyframes, masks and mix are a shortest path.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -273,10 +274,11 @@ def _picks(table: _Choices, steps: Sequence[str]) -> list[tuple[int, int, int] |
 
 
 def out_of_reach(costs: Costs, steps: int, asked: float, reached: float) -> str:
-    """Say that a time per call cannot be met, and the largest speed-up that can."""
+    """Say that a time per call cannot be met, and the largest speed-up that can, rounded down."""
     teacher = costs.teacher(steps)
+    largest = math.floor(100 * teacher / reached + 1e-6) / 100
     return (
         f"a budget of {teacher / asked:.2f}x ({1000 * asked:.0f} ms per call) cannot be met: the"
-        f" largest that can under these settings is {teacher / reached:.2f}x"
+        f" largest that can under these settings is {largest:.2f}x"
         f" ({1000 * reached:.0f} ms)"
     )
