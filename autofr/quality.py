@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +124,9 @@ def _frechet(real: Reference, fake: Reference) -> float:
         setattr(metric, f"{name}_features_cov_sum", outer)
         setattr(metric, f"{name}_features_num_samples", torch.tensor(count))
     metric.orig_dtype = torch.float64
-    return float(metric.compute())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*before the ``update`` method.*")
+        return float(metric.compute())
 
 
 def fid_difference(
