@@ -47,18 +47,23 @@ def progress() -> Iterator[Report]:
     console = Console(stderr=True)
     tasks: dict[str, Any] = {}
     if not console.is_terminal:
-        began: dict[str, float] = {}
+        now: list[tuple[str, float]] = []
+        seen: set[str] = set()
+
+        def close() -> None:
+            if now:
+                stage, began = now.pop()
+                say(f"{stage} done in {time.monotonic() - began:.0f} s")
 
         def line(stage: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            if stage not in began:
-                began[stage] = now
+            if stage not in seen:
+                seen.add(stage)
+                close()
                 say(f"{stage} ...")
-            elif done >= total and stage not in tasks:
-                tasks[stage] = True
-                say(f"{stage} done in {now - began[stage]:.0f} s")
+                now.append((stage, time.monotonic()))
 
         yield line
+        close()
         return
     columns = (
         TextColumn("{task.description:>9}"),

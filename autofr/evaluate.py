@@ -145,7 +145,7 @@ class Pulse:
     after every timed call follows the drift; its ratio to whole teacher calls is measured first.
     """
 
-    def __init__(self, pipe: Pipe, calls: int = 3) -> None:
+    def __init__(self, pipe: Pipe, calls: int = 2) -> None:
         self._denoiser, self._calls = find_denoiser(pipe), calls
         self._call: tuple[Any, Any] | None = None
         self._ratio = 1.0
