@@ -48,7 +48,7 @@ def main() -> None:
             }
         )
     names = " ".join(map(str, args.policies))
-    command = f"python benchmarks/budget.py --model {args.model} --threads {args.threads} {names}"
+    command = f"python benchmarks/budget.py --model {args.model} --threads {args.threads} --seconds {args.seconds:g} {names}"
     write("budget", pipe, command, rows, "Speed-up of the whole call, predicted and measured.")
 
 

@@ -58,7 +58,7 @@ def main() -> None:
                 "bit-identical": same,
             }
         )
-    command = f"python benchmarks/overhead.py --model {args.model} --threads {args.threads}"
+    command = f"python benchmarks/overhead.py --model {args.model} --threads {args.threads} --seconds {args.seconds:g}"
     write("overhead", pipe, command, rows, "All-keyframe policy against the bare pipe.")
 
 
