@@ -421,15 +421,13 @@ def _dry_run(loaded: Loaded, settings: Any, folder: Path) -> None:
 
     batch = range(settings.batch)
     draw(loaded.pipe, batch, 2)
-    step = seconds(lambda: draw(loaded.pipe, batch, 6)) - seconds(
-        lambda: draw(loaded.pipe, batch, 3)
-    )
-    call = settings.steps * step / 3
+    long, short = (seconds(lambda n=n: draw(loaded.pipe, batch, n)) for n in (12, 2))  # type: ignore[misc]
+    call = settings.steps * (long - short) / 10
     speedup = settings.budget.speedup_over(call)
     batches = -(-settings.validation_seeds // settings.batch)
-    rows = 24 * batches * call / 1.8
+    rows = 24 * batches * call / 1.4
     planned = settings.trials * (settings.trial_seeds / settings.batch + 2) * call / speedup
-    fixed = (5 + 25 + 2 * batches + 2 * settings.test_seeds / settings.batch + 30) * call
+    fixed = (5 + 25 + 2 * batches + 2 * settings.test_seeds / settings.batch + 70) * call
     typer.echo(
         f"model {loaded.name} ({type(loaded.pipe).__name__}), {settings.steps} steps, batch"
         f" {settings.batch}: {1000 * call:.0f} ms per call here\n"

@@ -48,7 +48,8 @@ def main() -> None:
             }
         )
     names = " ".join(map(str, args.policies))
-    command = f"python benchmarks/budget.py --model {args.model} --threads {args.threads} --seconds {args.seconds:g} {names}"
+    options = f"--model {args.model} --threads {args.threads} --seconds {args.seconds:g}"
+    command = f"python benchmarks/budget.py {options} {names}"
     write("budget", pipe, command, rows, "Speed-up of the whole call, predicted and measured.")
 
 

@@ -58,7 +58,8 @@ def main() -> None:
                 "bit-identical": same,
             }
         )
-    command = f"python benchmarks/overhead.py --model {args.model} --threads {args.threads} --seconds {args.seconds:g}"
+    options = f"--model {args.model} --threads {args.threads} --seconds {args.seconds:g}"
+    command = f"python benchmarks/overhead.py {options}"
     write("overhead", pipe, command, rows, "All-keyframe policy against the bare pipe.")
 
 

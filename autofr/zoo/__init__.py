@@ -119,7 +119,9 @@ def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
     if local:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         return DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=local)
