@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autofr.latency import Costs
-from autofr.policy import JUMP, KEY, Constant, HardSigmoid, Mix, mix_row
+from autofr.policy import KEY, Constant, HardSigmoid, Mix, executed, mix_row
 
 PLAIN = Constant(value=1.0)
 Group = Literal[
@@ -27,12 +27,9 @@ class Draft:
 
     def seconds(self, costs: Costs) -> float:
         """Predicted seconds per call; masks that λ turns into jumps cost a jump."""
-        rows = [mix_row(step, self.mix, i, len(self.steps)) for i, step in enumerate(self.steps)]
-        held = (
-            JUMP if row and row[0] == 0 else step
-            for step, row in zip(self.steps, rows, strict=True)
-        )
-        return costs.of_call([*held])
+        n = len(self.steps)
+        rows = (mix_row(step, self.mix, i, n) for i, step in enumerate(self.steps))
+        return costs.of_call([*map(executed, self.steps, rows)])
 
 
 def fewer_steps(steps: int) -> Draft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from autofr.evaluate import Candidate, Evaluator, Row, Score
 from autofr.latency import Costs
@@ -20,12 +21,19 @@ def policy_row(found: Candidate, score: Score, evaluator: Evaluator, costs: Cost
         steps=len(policy.steps),
         network_calls=round((found.seconds - costs.fixed) / costs.key, 2),
         predicted_speedup=costs.teacher(evaluator.steps) / found.seconds,
-        speedup=score.speedup,
-        error=score.error,
-        reference_error=score.reference_error,
-        fid=evaluator.fid(score),
+        **_measured(score, evaluator),
         digest=policy.digest,
     )
+
+
+def _measured(score: Score, evaluator: Evaluator) -> dict[str, Any]:
+    """The fields of a row that come from its rollouts."""
+    return {
+        "speedup": score.speedup,
+        "error": score.error,
+        "reference_error": score.reference_error,
+        "fid": evaluator.fid(score),
+    }
 
 
 def solver_row(name: str, steps: int, score: Score, evaluator: Evaluator, costs: Costs) -> Row:
@@ -37,10 +45,7 @@ def solver_row(name: str, steps: int, score: Score, evaluator: Evaluator, costs:
         steps=steps,
         network_calls=steps,
         predicted_speedup=costs.teacher(evaluator.steps) / costs.teacher(steps),
-        speedup=score.speedup,
-        error=score.error,
-        reference_error=score.reference_error,
-        fid=evaluator.fid(score),
+        **_measured(score, evaluator),
         candidate=False,
     )
 

@@ -212,7 +212,6 @@ class Evaluator:
         self.fine = self._draw(few, fine_steps(pipe, steps))
         self.pulse.taken = []
         self._on_progress = None  # scores of single policies report nothing
-        self.teacher_features = features(self.teacher.images) if features else None
 
     def score(self, policy: Policy, seeds: int | None = None) -> Score:
         """Roll the policy out on the first `seeds` seeds (all by default)."""

@@ -23,7 +23,7 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from autofr.evaluate import Group, Result, Row
-from autofr.policy import JUMP, KEY, Interval, Policy
+from autofr.policy import JUMP, KEY, Interval, Policy, executed
 from autofr.profiling import Profile
 from autofr.wording import count, duration, exact, size, speedup_of, times, wanted_speedup
 
@@ -190,7 +190,7 @@ def _legend(result: Result) -> list[Line2D]:
 def policy_strip(policy: Policy, path: Path) -> None:
     """Draw what every step does, and below it the weights that mix the scores there."""
     n = len(policy.steps)
-    does = [_does(policy, i) for i in range(n)]
+    does = [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
     used = [name for name in policy.masks if name in does]
     colours = {KEY: INK} | dict(zip(used, SHADES * len(used), strict=False)) | {JUMP: HELD}
     with _picture(path, 13, 5 + 0.1 * len(used), _policy_title(policy, does)) as figure:
@@ -212,12 +212,6 @@ def policy_strip(policy: Policy, path: Path) -> None:
             if name in does
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=2)
-
-
-def _does(policy: Policy, step: int) -> str:
-    """What runs at a step: a mask whose reduced score has no weight is a jump."""
-    name = policy.steps[step]
-    return JUMP if name != KEY and policy.weights(step)[0] == 0 else name
 
 
 def _policy_title(policy: Policy, does: Sequence[str]) -> str:

@@ -119,6 +119,11 @@ def mix_row(step: str, mix: Mix, index: int, steps: int) -> tuple[float, ...]:
     return (1.0,) if share >= 1 else (share, 1 - share) if share > 0 else (0.0, 1.0)
 
 
+def executed(step: str, row: tuple[float, ...]) -> str:
+    """What runs at a step with these weights: a mask that weighs nothing is a jump."""
+    return JUMP if row and row[0] == 0 else step
+
+
 class Model(_Value):
     """Which denoiser the policy is for."""
 

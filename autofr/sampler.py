@@ -14,7 +14,7 @@ from autofr import policy as policy_file
 from autofr.errors import PolicyError
 from autofr.patch import COMPUTE, HOLD, Patch, Row, record
 from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint, weights_hash
-from autofr.policy import JUMP, KEY, Mix, Model, Policy, Sampler
+from autofr.policy import JUMP, KEY, Mix, Model, Policy, Sampler, executed
 
 _ATTRIBUTE = "_autofr_patch"
 _CONFIG_FIELDS = (
@@ -70,13 +70,9 @@ def compile_plan(policy: Policy, points: dict[str, Point]) -> tuple[list[list[Po
     rows: list[Row] = []
     for i, step in enumerate(policy.steps):
         weights = policy.weights(i)
-        if step == KEY:
-            rows.append((COMPUTE, ()))
-        elif step == JUMP or weights[0] == 0:
-            # With a weight of 0 the network's answer would be thrown away: do not call it.
-            rows.append((HOLD, weights))
-        else:
-            rows.append((names.index(step) + 1, weights))
+        runs = executed(step, weights)
+        index = {KEY: COMPUTE, JUMP: HOLD}.get(runs)
+        rows.append((names.index(runs) + 1 if index is None else index, weights))
     return masks, rows
 
 

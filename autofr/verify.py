@@ -11,7 +11,7 @@ from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate, draw_all, interval
 from autofr.latency import Paired, paired
 from autofr.points import Pipe, find_denoiser
-from autofr.policy import Fid, Interval, Measured, Policy
+from autofr.policy import Fid, Interval, Measured, Policy, executed
 from autofr.profiling import device_name, versions
 from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
 from autofr.sampler import Samples, apply, draw, remove, reuse
@@ -107,10 +107,8 @@ def within_budget(
 
 
 def policy_steps(policy: Policy) -> list[str]:
-    """Step names as they cost: a mask with weight 0 is a jump."""
-    rows = (policy.weights(i) for i in range(len(policy.steps)))
-    pairs = zip(policy.steps, rows, strict=True)
-    return ["jump" if row and row[0] == 0 else step for step, row in pairs]
+    """Step names as they run and cost."""
+    return [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
 
 
 def test(
