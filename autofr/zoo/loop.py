@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,80 +22,96 @@ def learning_rate(fraction: float, peak: float, warmup: float = 0.02, floor: flo
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * phase)))
 
 
+class _Run:
+    """A module under training with its optimiser, averaged weights and checkpoint."""
+
+    def __init__(self, module: torch.nn.Module, lr: float, ema: float, checkpoint: Path) -> None:
+        self.module, self.ema, self.checkpoint = module, ema, checkpoint
+        self.optimiser = torch.optim.AdamW(
+            module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+        )
+        self.averaged = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        if checkpoint.is_file():
+            self._restore(torch.load(checkpoint, weights_only=True, map_location="cpu"))
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.module.load_state_dict(saved["module"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        for key, value in saved["averaged"].items():
+            self.averaged[key].copy_(value)
+        self.step, self.seconds, self.loss = saved["step"], saved["seconds"], saved["loss"]
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill leaves the old one or the new one whole."""
+        state = {
+            "module": self.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "averaged": self.averaged,
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": self.loss,
+        }
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.checkpoint)
+
+    def advance(self, value: torch.Tensor, lr: float) -> None:
+        """Take one optimiser step down the gradient of `value`."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        if self.ema:
+            blend = min(self.ema, (1 + self.step) / (10 + self.step))
+            weights = list(self.module.state_dict().values())
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.values()), weights, 1 - blend)
+        if self.step % 20 == 0:
+            last = float(value.detach())
+            self.loss = last if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * last
+
+
 def train(
     name: str,
     module: torch.nn.Module,
     loss: Loss,
-    *,
     seconds: float,
-    checkpoint: Path,
-    lr: float,
+    work: Path,
+    *,
     seed: int,
+    lr: float,
     ema: float = 0.0,
     save_every: float = 60.0,
 ) -> torch.nn.Module:
     """Minimise `loss(step, fraction of time used, generator)` for `seconds` of training time.
 
-    The same call after an interruption continues from `checkpoint`; each step's randomness
-    depends on (seed, step) alone. Returns the averaged module when `ema` > 0, else the module.
+    The same call after an interruption continues from its checkpoint in `work`; each step's
+    randomness depends on (seed, step) alone. Returns the averaged module when `ema` > 0, else the
+    module.
     """
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
-    )
-    averaged = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    step, used, average = 0, 0.0, float("nan")
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        module.load_state_dict(saved["module"])
-        optimiser.load_state_dict(saved["optimiser"])
-        for key, value in saved["averaged"].items():
-            averaged[key].copy_(value)
-        step, used, average = saved["step"], saved["seconds"], saved["loss"]
-
-    def save() -> None:
-        state = dict(module=module.state_dict(), optimiser=optimiser.state_dict())
-        state |= dict(averaged=averaged, step=step, seconds=used, loss=average)
-        part = checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(checkpoint)
-
+    run = _Run(module, lr, ema, work / f"{name}.pt")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task(name, total=seconds)
-        progress.update(bar, completed=used)
-        saved_at = used
+        bar = progress.add_task(name, total=seconds, completed=int(run.seconds))
+        saved_at = run.seconds
         module.train()
-        while used < seconds:
+        while run.seconds < seconds:
             started = time.monotonic()
-            fraction = used / seconds
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(fraction, lr)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            value = loss(step, fraction, generator)
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimiser.step()
-            step += 1
-            if ema:
-                blend = min(ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    torch._foreach_lerp_(
-                        list(averaged.values()), list(module.state_dict().values()), 1 - blend
-                    )
-            used += time.monotonic() - started
-            if step % 20 == 0:
-                last = float(value.detach())
-                average = last if math.isnan(average) else 0.95 * average + 0.05 * last
-                progress.update(
-                    bar,
-                    completed=min(used, seconds),
-                    description=f"{name}  step {step}  loss {average:.4f}",
-                )
-            if used - saved_at > save_every:
-                save()
-                saved_at = used
-        save()
+            fraction = run.seconds / seconds
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
+            run.advance(loss(run.step, fraction, generator), learning_rate(fraction, lr))
+            run.seconds += time.monotonic() - started
+            if run.step % 20 == 0:
+                said = f"{name}  step {run.step}  loss {run.loss:.4f}"
+                progress.update(bar, completed=min(run.seconds, seconds), description=said)
+            if run.seconds - saved_at > save_every:
+                run.save()
+                saved_at = run.seconds
+        run.save()
     if ema:
-        module.load_state_dict(averaged)
+        module.load_state_dict(run.averaged)
     return module.eval()
