@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from autofr.clock import bare_scheduler
-from autofr.errors import MeasurementError
+from autofr.errors import MeasurementError, damaged
 from autofr.latency import Costs
-from autofr.patch import Patch, record
+from autofr.patch import Patch
 from autofr.points import Pipe, Point, discover, find_denoiser
+from autofr.recording import record
 
 Masks = Mapping[str, tuple[str, ...]]
 
@@ -97,12 +99,18 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """Read what `save` wrote; plain arrays only."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(
-                tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
-                file["gain"], float(file["norm"]),
-            )  # fmt: skip
+        """Read what `save` wrote; plain arrays only.
+
+        Raises: RunFolderError when the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(
+                    tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
+                    file["gain"], float(file["norm"]),
+                )  # fmt: skip
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            raise damaged(path) from None
 
 
 @torch.inference_mode()

@@ -1,12 +1,18 @@
-"""The comparison table: a row for the teacher, every published schedule, solver and plan."""
+"""The comparison table and what follows from it: rows, remarks, the result of a search."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autofr.evaluate import Candidate, Evaluator, Row, Score
+from autofr.evaluate import Candidate, Evaluator, Score, fine_steps
 from autofr.latency import Costs
+from autofr.points import Pipe
+from autofr.policy import Policy
+from autofr.profiling import Profile
+from autofr.result import Result, Row
+from autofr.study import PURPOSES, Record, Settings
 
 AS_FAST = 0.97  # rows at most 3 % slower than the choice are compared with it
 
@@ -66,20 +72,7 @@ def remarks(rows: Sequence[Row]) -> list[str]:
                 f"{row.name} is as fast and nearer to the teacher: error {row.error.value:.4f}"
                 f" against {chosen.error.value:.4f}."
             )
-    better = [
-        row
-        for row in as_fast
-        if not row.candidate and row.reference_error.value < chosen.reference_error.value
-    ]
-    if better:
-        best = min(better, key=lambda row: row.reference_error.value)
-        lines.append(
-            f"Another solver is nearer to the fine solution at this time: {best.name} has error"
-            f" {best.reference_error.value:.4f} at {speed(best):.2f}x, the policy"
-            f" {chosen.reference_error.value:.4f} at {speed(chosen):.2f}x. If your images may"
-            " change, change the solver first and search on top of it; the policy is for keeping"
-            " the images of the solver that you have."
-        )
+    lines += _better_solver(chosen, as_fast)
     if all(row.group != "other solver" for row in rows):
         lines.append("No other solver is shown: this pipe cannot drive those that are compared.")
     rivals = [row for row in as_fast if row.candidate]
@@ -93,6 +86,61 @@ def remarks(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _better_solver(chosen: Row, as_fast: Sequence[Row]) -> list[str]:
+    """The other solver as fast that is nearest to the fine solution, if nearer than the choice."""
+    nearer = [
+        row
+        for row in as_fast
+        if not row.candidate and row.reference_error.value < chosen.reference_error.value
+    ]
+    if not nearer:
+        return []
+    best = min(nearer, key=lambda row: row.reference_error.value)
+    return [
+        f"Another solver is nearer to the fine solution at this time: {best.name} has error"
+        f" {best.reference_error.value:.4f} at {speed(best):.2f}x, the policy"
+        f" {chosen.reference_error.value:.4f} at {speed(chosen):.2f}x. If your images may change,"
+        " change the solver first and search on top of it; the policy is for keeping the images"
+        " of the solver that you have."
+    ]
+
+
 def speed(row: Row) -> float:
     """Measured speed-up where there is one, else the predicted."""
     return row.speedup.value if row.speedup else row.predicted_speedup
+
+
+def conclude(
+    pipe: Pipe,
+    settings: Settings,
+    profile: Profile,
+    records: Sequence[Record],
+    rows: Sequence[Row],
+    policy: Policy,
+    stage_seconds: Mapping[str, float],
+) -> Result:
+    """Put together what a search found, with its protocol."""
+    seeds = {purpose: settings.seeds(purpose) for purpose in PURPOSES}
+    return Result(
+        model=settings.name,
+        pipeline=type(pipe).__name__,
+        budget=settings.budget.text,
+        command=settings.command,
+        date=time.strftime("%Y-%m-%d"),
+        steps=settings.steps,
+        batch=settings.batch,
+        device=profile.device,
+        dtype=profile.dtype,
+        threads=profile.threads,
+        versions=profile.versions,
+        seeds={p: f"{s[0]} to {s[-1]}" for p, s in seeds.items()},
+        features=policy.measured.fid.features if policy.measured and policy.measured.fid else None,
+        reference=f"{fine_steps(pipe, settings.steps)} steps of the same solver",
+        rows=list(rows),
+        chosen="chosen",
+        trials=len(records),
+        duplicates=sum("duplicate_of" in r.notes for r in records),
+        stage_seconds={stage: round(spent, 1) for stage, spent in stage_seconds.items()},
+        remarks=remarks(rows),
+        policy=policy,
+    )

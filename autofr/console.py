@@ -1,14 +1,20 @@
-"""What the command line prints: tables, progress, and a policy in words."""
+"""What the command line prints: tables and their rows, progress, a policy in words."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from autofr.policy import Policy
+from autofr.policy import Fid, Interval, Measured, Policy
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autofr.profiling import Profile
 
 Report = Callable[[str, int, int], None]
 
@@ -32,54 +38,131 @@ def table(rows: list[list[str]]) -> None:
     Console(width=width).print(found)
 
 
+# -- progress -------------------------------------------------------------------------------------
+
+
 @contextmanager
 def progress() -> Iterator[Report]:
     """Progress on stderr: bars with the time left on a terminal, a line per stage elsewhere."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
-    tasks: dict[str, Any] = {}
-    if not console.is_terminal:
-        now: list[tuple[str, float]] = []
-        seen: set[str] = set()
+    with _bars(console) if console.is_terminal else _log() as on_progress:
+        yield on_progress
 
-        def close() -> None:
-            if now:
-                stage, began = now.pop()
-                say(f"{stage} done in {time.monotonic() - began:.0f} s")
 
-        def line(stage: str, done: int, total: int) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                close()
-                say(f"{stage} ...")
-                now.append((stage, time.monotonic()))
+@contextmanager
+def _log() -> Iterator[Report]:
+    now: list[tuple[str, float]] = []
+    seen: set[str] = set()
 
-        yield line
-        close()
-        return
-    columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    def close() -> None:
+        if now:
+            stage, began = now.pop()
+            say(f"{stage} done in {time.monotonic() - began:.0f} s")
+
+    def line(stage: str, done: int, total: int) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            close()
+            say(f"{stage} ...")
+            now.append((stage, time.monotonic()))
+
+    yield line
+    close()
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Report]:
+    from rich import progress as rich
+
+    bars = rich.Progress(
+        rich.TextColumn("{task.description:>9}"),
+        rich.BarColumn(),
+        rich.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+        console=console,
     )
-    with Progress(*columns, console=console) as bars:
+    tasks: dict[str, Any] = {}
 
-        def bar(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
-            bars.update(tasks[stage], completed=done, total=total)
+    def bar(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bars.start()  # not before: an early refusal prints nothing but its message
+            tasks[stage] = bars.add_task(stage)
+        bars.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield bar
+    finally:
+        bars.stop()
+
+
+# -- rows and lines -------------------------------------------------------------------------------
+
+
+def model_facts(name: str, model: Any, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what a bundled model is, and the scores that it is expected to have."""
+    return {
+        "name": name,
+        "pipeline": model.pipeline,
+        "what": model.summary,
+        "stands for": model.stands_for,
+        "steps": model.steps,
+        "parameters": scores.get("parameters"),
+        "FID (bundled features)": scores.get("fid_teacher"),
+    }
+
+
+def fact_rows(facts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Write facts as rows, one for each mapping; None is an empty cell."""
+    rows = [["" if value is None else str(value) for value in row.values()] for row in facts]
+    return [[*facts[0]], *rows]
+
+
+def profile_rows(profile: Profile) -> list[list[str]]:
+    """Say what every mask of a profile costs, in time and in memory."""
+    rows = [["mask", "points", "share of a full evaluation", "kept"]]
+    for name, seconds in profile.mask_seconds.items():
+        kept = f"{profile.mask_bytes[name] / 2**20:.2f} MiB"
+        share = f"{seconds / profile.key_seconds:.2f}"
+        rows.append([name, str(len(profile.masks[name])), share, kept])
+    return rows
+
+
+def profile_line(profile: Profile, pictures: Sequence[Path], folder: Path) -> str:
+    """Say how long a full evaluation takes, and what was written where."""
+    names = ", ".join(path.name for path in pictures)
+    return (
+        f"{len(profile.points)} points; a full evaluation of batch {profile.batch} takes"
+        f" {1000 * profile.key_seconds:.1f} ms. Wrote profile.json, {names} to {folder}/"
+    )
+
+
+def measured_rows(measured: Measured) -> list[list[str]]:
+    """Say what was measured of a policy, a value with its interval where it has one."""
+    rows = [["measure", "value"]]
+    for name, value in measured:
+        title = name.replace("_", " ")
+        if isinstance(value, Fid):
+            rows.append(
+                [
+                    f"{title} in {value.features}",
+                    f"{_shown(value.policy)} (teacher {_shown(value.teacher)})",
+                ]
+            )
+            rows.append([f"{title} difference", _shown(value.difference)])
+        else:
+            rows.append([title, _shown(value)])
+    return rows
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Interval):
+        return f"{value.value:.4g} ({value.low:.4g} to {value.high:.4g})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def words(policy: Policy) -> list[str]:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from autofr.clock import bare_scheduler
-from autofr.patch import record
 from autofr.points import Pipe
 from autofr.policy import Policy, Table
+from autofr.recording import record
 from autofr.sampler import reuse
 
 RIDGE = 1e-3

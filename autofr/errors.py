@@ -37,3 +37,11 @@ class RunFolderError(UserError):
 
 class MeasurementError(AutofrError):
     """A measurement gave no usable number (NaN from the model, latency that does not settle)."""
+
+
+def damaged(path: object) -> RunFolderError:
+    """Say that a file of a run cannot be read, and what to do about it."""
+    return RunFolderError(
+        f"{path}: damaged, or of another version of autofr; delete it and give the same command"
+        " again"
+    )

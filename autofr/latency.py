@@ -201,6 +201,8 @@ def measure_costs(
     are timed in turn with keyframes, and their ratio to the keyframes around them counts, so that
     a slow moment of the machine cancels.
     """
+    if steps < 2:
+        raise MeasurementError("a call of one step has nothing to reuse; ask for 2 steps or more")
     lengths = ([KEY] * steps, [KEY, *[JUMP] * (steps - 1)], [KEY, JUMP])
     ratios: dict[str, list[float]] = {name: [] for name in masks}
     calls: list[list[float]] = []

@@ -25,7 +25,8 @@ class Rule:
     """What a plan may use.
 
     `masks`: names allowed ("jump" among them); `mix`: "fit1", "fit2" (least squares on the
-    reduced score and one or two keyframes' scores), or a λ(t) family; `phase`: log error weight
+    reduced score and one or two keyframes' scores), or a λ(t) family; `max_gap`: most steps from a
+    keyframe to the next, or from the last one to the end; `phase`: log error weight
     at the start and at the end against the middle; `first`, `last`: forced keyframes at the ends.
     """
 

@@ -1,27 +1,26 @@
-"""One instrumented run of a pipe on its device: similarity, latency and memory of every point."""
+"""Profile a pipe on its device: similarity, latency and memory of every point."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from autofr.errors import MeasurementError
+from autofr.errors import damaged
 from autofr.latency import Costs, measure_costs, synchronize
-from autofr.patch import COMPUTE, HOLD, Patch, record
-from autofr.points import SCORE, Pipe, Point, discover, find_denoiser, fingerprint
+from autofr.patch import COMPUTE, HOLD, Patch
+from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint
 from autofr.policy import JUMP, KEY
+from autofr.recording import record
 from autofr.sampler import draw
-
-OnProgress = Callable[[int, int], None]
+from autofr.similarity import OnProgress, Similarity, measure_similarity
 
 
 class _Value(BaseModel):
@@ -36,17 +35,6 @@ class PointProfile(_Value):
     bytes: int
     whole_seconds: float
     skippable_seconds: float
-
-
-class Similarity(_Value):
-    """Similarity of a point's tensor at a step to the one `gap` steps before, mean over samples.
-
-    `cosine[gap - 1][step]` and `relative_l1[gap - 1][step]` (sum |a - b| / sum |b|, as in the
-    paper's figure); None where step < gap.
-    """
-
-    cosine: list[list[float | None]]
-    relative_l1: list[list[float | None]]
 
 
 class Profile(_Value):
@@ -123,7 +111,7 @@ def profile(
     """
     denoiser = find_denoiser(pipe)
     points = discover(denoiser)
-    similarity, kept = _similarity(pipe, points, steps, seeds, max_gap, on_progress)
+    similarity, kept = measure_similarity(pipe, points, steps, seeds, max_gap, on_progress)
     call = _first_call(pipe, steps, batch)
     whole, skippable = _point_seconds(pipe, points, call)
     costs = costs_of(pipe, points, masks, steps, batch, call, on_progress)
@@ -160,63 +148,15 @@ def profile(
     )
 
 
-# -- similarity ---------------------------------------------------------------------------------
+def load(path: Path) -> Profile:
+    """Read what `Profile.save` wrote.
 
-
-def _similarity(
-    pipe: Pipe,
-    points: Mapping[str, Point],
-    steps: int,
-    seeds: Sequence[int],
-    max_gap: int,
-    on_progress: OnProgress | None,
-) -> tuple[dict[str, Similarity], dict[str, int]]:
-    """Compare every point's tensor with those of the `max_gap` steps before it, in one run.
-
-    Only `max_gap` steps are held at a time. Of a step with several calls the first one counts.
+    Raises: RunFolderError when the file is damaged or of another version.
     """
-    names = [*points, SCORE]
-    empty: list[float | None] = [None] * steps
-    cosine = {name: [list(empty) for _ in range(max_gap)] for name in names}
-    change = {name: [list(empty) for _ in range(max_gap)] for name in names}
-    sizes: dict[str, int] = {}
-    compared: set[int] = set()
-    window: deque[dict[str, torch.Tensor]] = deque(maxlen=max_gap)
-    patch = Patch(pipe, [[point] for point in points.values()]).install()
-
-    def compare(step: int, now: dict[str, torch.Tensor]) -> None:
-        for gap, then in enumerate(reversed(window), start=1):
-            for name, tensor in now.items():
-                pair = _compare(tensor, then[name])
-                cosine[name][gap - 1][step], change[name][gap - 1][step] = pair
-        window.append(now)
-        if on_progress:
-            on_progress(step + 1, steps)
-
-    def listen(step: int, score: torch.Tensor) -> None:
-        if not bool(score.isfinite().all()):
-            raise MeasurementError(f"the model returned NaN or infinity at step {step}")
-        now = {**patch.run.kept.tensors, SCORE: score}
-        patch.run.kept.tensors.clear()
-        if step not in compared:
-            compared.add(step)
-            sizes.update({name: tensor.nbytes for name, tensor in now.items()})
-            compare(step, now)
-
     try:
-        with patch.keyframe(), record(pipe, on_score=listen):
-            draw(pipe, seeds, steps)
-    finally:
-        patch.remove()
-    found = {n: Similarity(cosine=cosine[n], relative_l1=change[n]) for n in names}
-    return found, sizes
-
-
-def _compare(now: torch.Tensor, then: torch.Tensor) -> tuple[float, float]:
-    a, b = now.flatten(1).float(), then.flatten(1).float()
-    cosine = torch.nn.functional.cosine_similarity(a, b).mean()
-    change = ((a - b).abs().sum(1) / b.abs().sum(1).clamp_min(1e-12)).mean()
-    return round(float(cosine), 4), round(float(change), 4)
+        return Profile.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise damaged(path) from None
 
 
 # -- latency --------------------------------------------------------------------------------------

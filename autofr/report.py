@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from autofr.errors import RunFolderError
-from autofr.evaluate import Result
-from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, profile_pictures, samples
+from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, samples
 from autofr.policy import Fid
+from autofr.profile_pictures import profile_pictures
 from autofr.profiling import Profile
+from autofr.result import Result
 from autofr.wording import count, duration, exact, percent, size, speedup_of, times, wanted_speedup
 
 

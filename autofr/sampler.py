@@ -12,9 +12,10 @@ import torch
 
 from autofr import policy as policy_file
 from autofr.errors import PolicyError
-from autofr.patch import COMPUTE, HOLD, Patch, Row, record
+from autofr.patch import COMPUTE, HOLD, Patch, Row
 from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint, weights_hash
 from autofr.policy import JUMP, KEY, Mix, Model, Policy, Sampler, executed
+from autofr.recording import record
 
 _ATTRIBUTE = "_autofr_patch"
 _CONFIG_FIELDS = (

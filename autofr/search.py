@@ -12,17 +12,20 @@ from typing import Any
 
 from autofr import baselines, correction
 from autofr.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
-from autofr.compare import policy_row, remarks, solver_row
-from autofr.errors import BudgetError
-from autofr.evaluate import Candidate, Evaluator, Result, Row, fine_steps, other_solvers
+from autofr.compare import conclude, policy_row, solver_row
+from autofr.decode import Decoded, Frame, decode, fastest_seconds, guesses
+from autofr.errors import BudgetError, MeasurementError
+from autofr.evaluate import Candidate, Evaluator, Score, other_solvers
 from autofr.planner import out_of_reach
 from autofr.points import Pipe, discover, find_denoiser
 from autofr.policy import Measured, Policy, Provenance
-from autofr.profiling import Profile, device_name, profile, versions
+from autofr.profiling import Profile, profile
+from autofr.profiling import load as load_profile
 from autofr.quality import Features
+from autofr.result import Result, Row
 from autofr.sampler import Samples, compose, draw
-from autofr.space import Decoded, Frame, decode, fastest_seconds, guesses, largest_gap
-from autofr.study import PURPOSES, STATE, Ledger, Record, Settings, dump, fixed
+from autofr.space import largest_gap
+from autofr.study import STATE, Ledger, Record, Settings, dump, fixed
 from autofr.verify import Verdict, finalists, test, within_budget
 
 OnProgress = Callable[[str, int, int], None]
@@ -56,6 +59,7 @@ class Search:
         self._tables: dict[int, Calibration] = {}
         self._path: correction.Trajectory | None = None
         self._latent_shape: tuple[int, ...] = ()
+        self._scores: dict[str, Score] = {}  # of the finalists, by digest
 
     def run(self) -> Outcome:
         """Search, choose, verify and test.
@@ -80,9 +84,14 @@ class Search:
         verdict = self._timed("choose", lambda: self._choose(ledger))
         rows = self._timed("table", lambda: self._rows(ledger, verdict))
         measured, samples = self._timed("test", lambda: self._test(verdict))
-        result = self._result(ledger, verdict.found.policy, rows)
-        policy = self._sign(verdict.found.policy, measured, result)
-        return Outcome(result.model_copy(update={"policy": policy}), self._profile, *samples)
+        records = ledger.records()
+        policy = verdict.found.policy.model_copy(
+            update={"measured": measured, "provenance": self._provenance(len(records))}
+        )
+        result = conclude(
+            self.pipe, settings, self._profile, records, rows, policy, self.stage_seconds
+        )
+        return Outcome(result, self._profile, *samples)
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -90,7 +99,7 @@ class Search:
         """Profile the pipe, or read the profile that is in the folder."""
         path = self.folder / STATE / "profile.json"
         if path.exists():
-            return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+            return load_profile(path)
         masks = candidate_masks(discover(find_denoiser(self.pipe)))
         found = profile(
             self.pipe,
@@ -188,7 +197,7 @@ class Search:
                 name = trial.user_attrs.get("row")
                 decoded = rows[name] if name else decode(settings.space, trial, self._frame)
                 self._score(ledger, trial, self.candidate(decoded), scored)
-            except BudgetError as error:
+            except (BudgetError, MeasurementError) as error:  # of this trial, not of the search
                 ledger.give_up(trial, str(error))
             except BaseException as error:
                 ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
@@ -229,7 +238,7 @@ class Search:
             policy = Policy.model_validate(record.notes["policy"], strict=False)
             notes = record.notes
             found = Candidate(notes["label"], notes["group"], policy, notes["seconds"])
-            score = self._evaluator.score(policy)
+            score = self._scores[policy.digest] = self._evaluator.score(policy)
             fid = self._evaluator.fid(score)
             ranked.append((score.error.value if fid is None else fid, record, found))
         ranked.sort(key=lambda item: item[0])
@@ -266,7 +275,8 @@ class Search:
         total = len(planned) + len(solvers)
         for done, found in enumerate(planned):
             self.on_progress("table", done, total)
-            rows.append(policy_row(found, evaluator.score(found.policy), evaluator, costs))
+            score = self._scores.get(found.policy.digest) or evaluator.score(found.policy)
+            rows.append(policy_row(found, score, evaluator, costs))
         rows[-1] = rows[-1].model_copy(update={"speedup": verdict.timing.ratio})
         for name, scheduler in solvers.items():
             self.on_progress("table", total - 1, total)
@@ -298,45 +308,16 @@ class Search:
             on_progress=lambda done, total: self.on_progress("test", done, total),
         )
 
-    def _result(self, ledger: Ledger, policy: Policy, rows: list[Row]) -> Result:
-        records = ledger.records()
-        seeds = {purpose: self.settings.seeds(purpose) for purpose in PURPOSES}
-        return Result(
-            model=self.settings.name,
-            pipeline=type(self.pipe).__name__,
-            budget=self.settings.budget.text,
-            command=self.settings.command,
-            date=time.strftime("%Y-%m-%d"),
-            steps=self.settings.steps,
-            batch=self.settings.batch,
-            device=device_name(self.pipe),
-            dtype=self._profile.dtype,
-            threads=self._profile.threads,
-            versions=versions(),
-            seeds={p: f"{s[0]} to {s[-1]}" for p, s in seeds.items()},
-            features=self.features.name if self.features else None,
-            reference=f"{fine_steps(self.pipe, self.settings.steps)} steps of the same solver",
-            rows=rows,
-            chosen="chosen",
-            trials=len(records),
-            duplicates=sum("duplicate_of" in r.notes for r in records),
-            stage_seconds={k: round(v, 1) for k, v in self.stage_seconds.items()},
-            remarks=remarks(rows),
-            policy=policy,
-        )
-
-    def _sign(self, policy: Policy, measured: Measured, result: Result) -> Policy:
-        """Write into the policy what was measured and where it comes from."""
-        provenance = Provenance(
+    def _provenance(self, trials: int) -> Provenance:
+        return Provenance(
             autofr=importlib.metadata.version("autofr"),
-            command=result.command,
+            command=self.settings.command,
             space=self.settings.space.name,
-            study=str(self.folder.name),
-            trials=result.trials,
-            seconds=round(sum(result.stage_seconds.values()), 1),
-            date=result.date,
+            study=self.folder.name,
+            trials=trials,
+            seconds=round(sum(self.stage_seconds.values()), 1),
+            date=time.strftime("%Y-%m-%d"),
         )
-        return policy.model_copy(update={"measured": measured, "provenance": provenance})
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         began = time.monotonic()

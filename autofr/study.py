@@ -24,6 +24,7 @@ from autofr.space import Space
 
 STUDY = "autofr"
 STATE = "study"  # folder inside a run's: what it needs to resume
+RETRIES = 3
 PURPOSES = ("calibration", "validation", "test")
 
 
@@ -41,7 +42,7 @@ class Settings:
     time_limit: float | None = None
     calibration_seeds: int = 8
     trial_seeds: int = 16
-    validation_seeds: int = 48
+    validation_seeds: int = 40
     test_seeds: int = 96
     command: str = ""
 
@@ -192,22 +193,29 @@ class Ledger:
         self._study.set_user_attr("space", space)
 
     def _reap(self) -> None:
-        """As the sole owner, fail trials that a killed process left running; run them again."""
+        """As the sole owner, fail trials that a killed process left running; run them again.
+
+        One that was cut off more than `RETRIES` times may be what kills the process: it stays
+        failed. Published rows are queued again by `enqueue_rows`.
+        """
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
-            attrs = {"retry_of": trial.number}
-            if "row" in trial.user_attrs:
-                attrs["row"] = trial.user_attrs["row"]
+            retry = trial.user_attrs.get("retry", 0) + 1
+            if "row" in trial.user_attrs or retry > RETRIES:
+                continue
             asked = trial.system_attrs.get("fixed_params", {})  # it may not have read them all yet
+            attrs = {"retry_of": trial.number, "retry": retry}
             self._study.enqueue_trial(asked | trial.params, user_attrs=attrs)
 
     def enqueue_rows(self, names: Sequence[str]) -> None:
-        """Queue the published schedules by name, each once."""
-        live = (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)
-        there = {t.user_attrs.get("row") for t in self._study.get_trials(states=live)}
+        """Queue the published schedules by name: each once, and again where it was cut off."""
+        trials = self._study.get_trials(deepcopy=False)
         for name in names:
-            if name not in there:
-                self._study.enqueue_trial({}, user_attrs={"row": name})
+            mine = [t for t in trials if t.user_attrs.get("row") == name]
+            if any(t.state != TrialState.FAIL for t in mine) or len(mine) > RETRIES:
+                continue
+            again = {"retry_of": mine[-1].number} if mine else {}
+            self._study.enqueue_trial({}, user_attrs={"row": name} | again)
 
     def enqueue(self, params: Mapping[str, Any]) -> None:
         """Queue parameters that are worth trying first, once."""

@@ -138,22 +138,12 @@ def test(
         found = draw_all(one, seeds, batch, lambda done, _: on_progress(len(seeds) + done, total))
         kept_bytes = patch.run.peak_bytes
     error = interval(relative_error(found.latents, teacher.latents))
-    low, high = band_errors(found.images, teacher.images)
-    fid = None
-    if features is not None:
-        ours, theirs = features(found.images), features(teacher.images)
-        value, least, most = fid_difference(features, theirs, ours)
-        fid = Fid(
-            features=features.name,
-            teacher=features.fid(theirs),
-            policy=features.fid(ours),
-            difference=Interval(value=value, low=least, high=most),
-        )
     if error.value > 1:
         raise MeasurementError(
             f"the policy's latents differ from the teacher's by {100 * error.value:.0f} % on the"
             " test seeds: this is no usable policy"
         )
+    low, high = band_errors(found.images, teacher.images)
     measured = Measured(
         speedup=timing.ratio,
         teacher_seconds=timing.first_seconds,
@@ -166,7 +156,7 @@ def test(
         versions=versions(),
         samples=len(seeds),
         seeds=f"{seeds[0]} to {seeds[-1]}",
-        fid=fid,
+        fid=_fid(features, teacher, found) if features else None,
         trajectory_error=error,
         psnr=psnr(found.images, teacher.images),
         low_frequency_error=low,
@@ -174,3 +164,14 @@ def test(
         kept_bytes=kept_bytes,
     )
     return measured, (teacher, found)
+
+
+def _fid(features: Features, teacher: Samples, found: Samples) -> Fid:
+    theirs, ours = features(teacher.images), features(found.images)
+    value, low, high = fid_difference(features, theirs, ours)
+    return Fid(
+        features=features.name,
+        teacher=features.fid(theirs),
+        policy=features.fid(ours),
+        difference=Interval(value=value, low=low, high=high),
+    )

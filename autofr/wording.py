@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from autofr.errors import BudgetError
-from autofr.evaluate import Result, Row
 from autofr.latency import parse_budget
 from autofr.policy import Interval
+from autofr.result import Result, Row
 
 
 def count(number: int, noun: str) -> str:

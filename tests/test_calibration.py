@@ -17,8 +17,9 @@ from autofr.calibration import (
 )
 from autofr.errors import MeasurementError
 from autofr.latency import Costs
-from autofr.patch import Patch, record
+from autofr.patch import Patch
 from autofr.points import discover
+from autofr.recording import record
 from autofr.sampler import draw
 
 N, GAPS, SEEDS = 6, 3, [0, 1]

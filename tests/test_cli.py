@@ -276,6 +276,8 @@ def test_a_bad_space_file_is_named_with_the_field(tmp_path: Path, text: str, sai
     "words",
     [
         ["search", "--batch", "0"],
+        ["search", "--steps", "1"],
+        ["profile", "--steps", "1"],
         ["search", "--trials", "many"],
         ["search", "--surprise"],
         ["evaluate"],
@@ -440,6 +442,26 @@ def test_a_report_needs_a_finished_search(tmp_path: Path) -> None:
     refused(autofr("report", tmp_path), "result.json", "finished")
     (tmp_path / "result.json").write_text('{"autofr_result": 1, "model"')
     refused(autofr("report", tmp_path), "result.json", "not a valid result", "resumes")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [b"", b"[]", b'{"autofr_profile": 1, "denoiser"', b'{"autofr_profile": 9}', b"\x89PNG\xff"],
+    ids=["empty", "list", "truncated", "version", "image"],
+)
+def test_a_report_needs_its_profile_whole_or_not_at_all(
+    searched: tuple[Path, Ran], tmp_path: Path, left: bytes
+) -> None:
+    """A damaged profile is named with the way out, and nothing is written; the way out works."""
+    result, path = tmp_path / "result.json", tmp_path / "profile.json"
+    result.write_bytes((searched[0] / "result.json").read_bytes())
+    path.write_bytes(left)
+    ran = autofr("report", tmp_path)
+    refused(ran, str(path), "damaged, or of another version", "delete it", "command again")
+    assert not any(text in ran.err for text in ("ValidationError", "validation error", "pydantic"))
+    assert {found.name for found in tmp_path.iterdir()} == {"result.json", "profile.json"}
+    path.unlink()
+    assert autofr("report", tmp_path).code == 0
 
 
 # -- failures, interrupts, --debug ----------------------------------------------------------------
@@ -618,7 +640,7 @@ def test_profile_writes_json_and_three_pictures(model: Path, tmp_path: Path) -> 
 
 def test_profile_prints_json(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--json` prints what the file holds, and nothing else on stdout."""
-    monkeypatch.setattr("autofr.pictures.profile_pictures", lambda *_: [])
+    monkeypatch.setattr("autofr.profile_pictures.profile_pictures", lambda *_: [])
     ran = autofr("profile", "--model", model, *FEW, "--out", tmp_path, "--json")
     assert json.loads(ran.out) == json.loads((tmp_path / "profile.json").read_text())
 

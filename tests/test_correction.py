@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from autofr import sampler
 from autofr.calibration import candidate_masks
 from autofr.correction import _fit, correct, trajectory
-from autofr.patch import record
 from autofr.points import discover
 from autofr.policy import HardSigmoid, Policy, Table
+from autofr.recording import record
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

@@ -273,3 +273,9 @@ def test_the_median_interval_of_equal_values_is_a_point():
     """No spread, no width."""
     found = median_interval(np.full(7, 2.5))
     assert (found.low, found.value, found.high) == (2.5, 2.5, 2.5)
+
+
+def test_a_call_of_one_step_has_no_parts() -> None:
+    """Where nothing can be reused the costs are refused, not divided by zero."""
+    with pytest.raises(MeasurementError, match="one step has nothing to reuse"):
+        measure_costs(lambda steps: None, lambda step: None, 1, [])

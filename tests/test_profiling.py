@@ -13,8 +13,9 @@ from conftest import ddim, make_pipe
 from autofr.errors import MeasurementError, ModelError
 from autofr.latency import Costs
 from autofr.points import SCORE, discover, fingerprint
-from autofr.profiling import Profile, _similarity, costs_of, profile
+from autofr.profiling import Profile, costs_of, profile
 from autofr.sampler import draw
+from autofr.similarity import measure_similarity
 
 N, GAPS, SEEDS = 6, 3, [0, 1, 2]
 MASKS = {
@@ -31,7 +32,7 @@ def profiled(pipe, **changes):
 
 def similarity(pipe, gaps=GAPS, on_progress=None):
     """Similarities and bytes alone, without latency."""
-    return _similarity(pipe, discover(pipe.unet), N, SEEDS, gaps, on_progress)
+    return measure_similarity(pipe, discover(pipe.unet), N, SEEDS, gaps, on_progress)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from PIL import Image
 
 from autofr import report
 from autofr.errors import RunFolderError
-from autofr.evaluate import Result, Row
 from autofr.policy import (
     JUMP,
     KEY,
@@ -29,6 +28,7 @@ from autofr.policy import (
     Table,
 )
 from autofr.profiling import PointProfile, Profile, Similarity
+from autofr.result import Result, Row
 
 
 def interval(value: float, share: float = 0.05) -> Interval:

@@ -11,9 +11,9 @@ from conftest import ddim, make_pipe
 from autofr import sampler
 from autofr.clock import solver_steps
 from autofr.errors import PolicyError
-from autofr.patch import record
 from autofr.points import discover, find_denoiser, fingerprint
 from autofr.policy import Constant, HardSigmoid, Model, Policy, Table
+from autofr.recording import record
 
 N = 8
 SOLVERS = {

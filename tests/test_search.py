@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +23,15 @@ from conftest import ddim, tiny_vae
 
 from autofr import baselines, evaluate, latency, profiling, search, verify
 from autofr.compare import AS_FAST, remarks, speed
-from autofr.errors import BudgetError, MeasurementError
-from autofr.evaluate import Evaluator, Result, Row
+from autofr.errors import BudgetError, MeasurementError, RunFolderError
+from autofr.evaluate import Evaluator
 from autofr.latency import parse_budget
 from autofr.policy import Interval, Policy, load
+from autofr.result import Result, Row
 from autofr.sampler import reuse
 from autofr.search import SAFETY, Search
 from autofr.space import Direct, DirectAxes, Planned, PlannedAxes, Space, Uniform, UniformAxes
-from autofr.study import STATE, Ledger, Settings, run_folder, spec_of
+from autofr.study import PURPOSES, STATE, Ledger, Settings, run_folder, spec_of
 
 STEPS = 6
 AXES = {"max_gap": (2, 3), "mix": ("fit2", "fit1"), "masks": ("all", "jump"), "rollouts": (1, 1)}
@@ -310,7 +312,7 @@ def test_choosing_never_sees_the_seeds_of_the_test(finished: Finished) -> None:
     drawn: dict[str, set[int]] = {}
     for stage, seeds, _ in finished.log.draws:
         drawn.setdefault(stage, set()).update(seeds)
-    own = {purpose: set(finished.settings.seeds(purpose)) for purpose in search.PURPOSES}
+    own = {purpose: set(finished.settings.seeds(purpose)) for purpose in PURPOSES}
     assert drawn["test"] == own["test"]
     assert own["test"].isdisjoint(set.union(*(drawn[stage] for stage in drawn if stage != "test")))
     assert own["validation"].isdisjoint(drawn["profile"] | drawn["calibrate"])
@@ -488,6 +490,35 @@ def test_a_model_that_gives_nan_is_a_failure(tmp_path: Path) -> None:
     with work_clock(), pytest.raises(MeasurementError, match="NaN"):
         Search(pipe, settings(), tmp_path).run()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_policy_that_gives_nan_loses_its_trial_only(tmp_path: Path, monkeypatch: Any) -> None:
+    """A trial without a usable number is closed with its reason, and the search goes on."""
+    score, calls = Evaluator.score, []
+
+    def sick(self: Evaluator, policy: Policy, seeds: int | None = None) -> Any:
+        calls.append(policy.digest)
+        if len(calls) == 3:
+            raise MeasurementError("the model drew NaN")
+        return score(self, policy, seeds)
+
+    monkeypatch.setattr(Evaluator, "score", sick)
+    outcome = run_in(tmp_path / "run", settings())
+    lines = (tmp_path / "run" / "trials.csv").read_text().splitlines()
+    assert len([line for line in lines if "the model drew NaN" in line and "PRUNED" in line]) == 1
+    assert outcome.result.policy.measured is not None
+
+
+@pytest.mark.parametrize("name", ["profile.json", f"calibration-{STEPS}.npz"])
+@pytest.mark.parametrize("left", [b"", b"{}", b"PK\x03\x04 half"])
+def test_a_damaged_file_of_the_run_is_named(
+    name: str, left: bytes, finished: Finished, tmp_path: Path
+) -> None:
+    """What a run resumes from is whole or refused, with the file and the way out."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    (tmp_path / "run" / STATE / name).write_bytes(left)
+    with pytest.raises(RunFolderError, match=rf"{name}: damaged.*delete it"):
+        run_in(tmp_path / "run", finished.settings)
 
 
 def refused(budget: str, finished: Finished, folder: Path, space: Space = SPACE) -> str:

@@ -12,7 +12,7 @@ from test_search import SPACE, settings, tiny_pipe
 
 from autofr.errors import RunFolderError
 from autofr.latency import parse_budget
-from autofr.study import PURPOSES, STATE, Ledger, Spec, run_folder, spec_of
+from autofr.study import PURPOSES, RETRIES, STATE, Ledger, Spec, run_folder, spec_of
 
 SPEC = Spec(
     model="tiny",
@@ -220,6 +220,24 @@ def test_a_row_that_was_running_is_run_again_as_a_row(folder: Path) -> None:
     again.enqueue_rows(["4 steps", "FRDiff M=2"])
     waiting = [again.ask().user_attrs["row"] for _ in range(again.waiting())]
     assert sorted(waiting) == ["4 steps", "FRDiff M=2"]
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_a_trial_that_always_kills_its_process_is_given_up(folder: Path, row: bool) -> None:
+    """After a few retries what cut the process off stays failed, and the rest goes on."""
+    book = ledger(folder)
+    if row:
+        book.enqueue_rows(["4 steps"])
+    else:
+        book.enqueue({"tau": 30.0, "bias": 0.5})
+    for _ in range(RETRIES + 1):
+        assert book.waiting() == 1
+        book.ask()  # killed here
+        book = ledger(folder)
+        if row:
+            book.enqueue_rows(["4 steps"])
+    assert book.waiting() == 0
+    assert states(folder) == ["FAIL"] * (RETRIES + 1)
 
 
 def test_rows_and_guesses_are_queued_once(folder: Path) -> None:

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from autofr.quality import Encoder, Features, Reference
 
 SAMPLES = 512
+STEPS = 50
+BATCH = 64
 CARD = Path(__file__).with_name("card.md")
 
 
@@ -40,49 +42,65 @@ def export(
     `views` (n, 3, 64, 64) in [-1, 1] are the real images of the reference statistics.
     """
     pipe = build(unet.cpu().eval(), vae.cpu().eval(), scheduler)
-    for module in (pipe.unet, pipe.vqvae, encoder.cpu()):
+    for module in (pipe.unet, pipe.vqvae, encoder.cpu().eval()):
         module.half().float()  # what is measured below is what is shipped
     real = (views.cpu() / 2 + 0.5).clamp(0, 1)
-    unnamed = Features(encoder.eval(), Reference(torch.zeros(0), torch.zeros(0), 0), "")
+    unnamed = Features(encoder, Reference(torch.zeros(0), torch.zeros(0), 0), "")
     embedded = unnamed(real)
     features = Features(encoder, Reference.of(embedded), "bundled")
-    half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    halves = [embedded[half[: len(real) // 2]], embedded[half[len(real) // 2 :]]]
-    some = real[half[:SAMPLES]]
-    rebuilt = torch.cat([vae(batch * 2 - 1).sample for batch in some.split(64)]) / 2 + 0.5
-    drawn = []
-    for start in range(0, SAMPLES, 64):
-        generators = [torch.Generator().manual_seed(10**6 + start + i) for i in range(64)]
-        images = pipe(64, num_inference_steps=50, generator=generators, output_type="np").images
-        drawn.append(torch.from_numpy(images).permute(0, 3, 1, 2))
-    first = Features(encoder, Reference.of(halves[0]), "half")
-    expected = {
+    scores = _measure(pipe, features, real, embedded)
+    about = {"recipe": recipe, "date": time.strftime("%Y-%m-%d")}
+    _write(folder, pipe, features, scores | about)
+
+
+def _measure(
+    pipe: Any, features: Features, real: torch.Tensor, embedded: torch.Tensor
+) -> dict[str, Any]:
+    """Score samples and reconstructions against `real` images, whose features are `embedded`."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    some, middle = order[:SAMPLES], len(real) // 2
+    rebuilt = [pipe.vqvae(batch * 2 - 1).sample / 2 + 0.5 for batch in real[some].split(BATCH)]
+    again = torch.cat(rebuilt)
+    half = Features(features.encoder, Reference.of(embedded[order[:middle]]), "half")
+    return {
         "features": "bundled ldm4 features (64-d); not comparable with Inception FID",
         "samples": SAMPLES,
-        "steps": 50,
-        "fid_teacher": round(features.fid(features(torch.cat(drawn))), 3),
-        "fid_autoencoder": round(features.fid(features(rebuilt.clamp(0, 1))), 3),
-        "fid_real_sample": round(features.fid(embedded[half[:SAMPLES]]), 3),
-        "fid_two_halves": round(first.fid(halves[1]), 4),
-        "autoencoder_l1": round(float((rebuilt - some).abs().mean()) * 2, 4),
-        "parameters": sum(p.numel() for p in unet.parameters()),
-        "recipe": recipe,
-        "date": time.strftime("%Y-%m-%d"),
+        "steps": STEPS,
+        "fid_teacher": round(features.fid(features(_draw(pipe))), 3),
+        "fid_autoencoder": round(features.fid(features(again.clamp(0, 1))), 3),
+        "fid_real_sample": round(features.fid(embedded[some]), 3),
+        "fid_two_halves": round(half.fid(embedded[order[middle:]]), 4),
+        "autoencoder_l1": round(float((again - real[some]).abs().mean()) * 2, 4),
+        "parameters": sum(p.numel() for p in pipe.unet.parameters()),
     }
+
+
+def _draw(pipe: Any) -> torch.Tensor:
+    """Draw `SAMPLES` images (n, 3, h, w) in [0, 1] of fixed seeds."""
+    drawn = []
+    for start in range(0, SAMPLES, BATCH):
+        seeds = range(10**6 + start, 10**6 + start + BATCH)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(
+            BATCH, num_inference_steps=STEPS, generator=generators, output_type="np"
+        ).images
+        drawn.append(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return torch.cat(drawn)
+
+
+def _write(folder: Path, pipe: Any, features: Features, expected: dict[str, Any]) -> None:
+    """Write the pipeline, the extractor with its reference, the expectations and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe.to(torch.float16).save_pretrained(folder)
     pipe.to(torch.float32)
-    save_file(
-        {k: v.half() for k, v in encoder.state_dict().items()}, folder / "features.safetensors"
-    )
+    weights = {name: value.half() for name, value in features.encoder.state_dict().items()}
+    save_file(weights, folder / "features.safetensors")
     reference = features.reference
-    save_file(
-        {
-            "mean": reference.mean.float(),
-            "covariance": reference.covariance.float(),
-            "count": torch.tensor(reference.count),
-        },
-        folder / "reference.safetensors",
-    )
+    statistics = {
+        "mean": reference.mean.float(),
+        "covariance": reference.covariance.float(),
+        "count": torch.tensor(reference.count),
+    }
+    save_file(statistics, folder / "reference.safetensors")
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     (folder / "README.md").write_text(CARD.read_text(encoding="utf-8").format(**expected))

@@ -1,0 +1,160 @@
+"""Whole jobs on a pipe: a search in its folder, its estimate, a profile, a measured policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from autofr import profile_pictures, profiling, report, sampler, verify
+from autofr.calibration import candidate_masks
+from autofr.latency import seconds
+from autofr.points import Pipe, discover, find_denoiser
+from autofr.policy import Measured, Policy
+from autofr.profiling import Profile
+from autofr.quality import Features
+from autofr.result import Result
+from autofr.search import OnProgress, Search
+from autofr.study import Settings, run_folder, spec_of
+
+PROFILE = "profile.json"
+FEW = 8  # images of teacher and policy that the report shows
+
+
+def run(
+    pipe: Pipe,
+    settings: Settings,
+    folder: Path,
+    features: Features | None = None,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Result:
+    """Search in a folder of its own, and leave policy, profile, result and report there.
+
+    Where the folder holds the same run, unfinished or finished, that is resumed.
+    Raises: RunFolderError when the folder cannot be written, is in use or holds another run;
+        BudgetError when the budget cannot be met; MeasurementError when the model gives NaN or
+        latency does not settle.
+    """
+    with run_folder(folder, spec_of(pipe, settings)):
+        found = Search(pipe, settings, folder, features, on_progress).run()
+        on_progress("report", 0, 1)
+        found.result.policy.save(folder / "policy.json")
+        found.profile.save(folder / PROFILE)
+        few = [samples.images[:FEW] for samples in (found.teacher, found.chosen)]
+        report.write(found.result, folder, found.profile, *few)
+        on_progress("report", 1, 1)
+    return found.result
+
+
+# -- how long a search takes ----------------------------------------------------------------------
+
+
+def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
+    """Say what `run` would do and about how long it would take; a few short calls, no files.
+
+    Raises: BudgetError when the unaccelerated pipe already meets the budget.
+    """
+    call = _call_seconds(pipe, settings)
+    speedup = settings.budget.speedup_over(call)
+    minutes = _calls(settings, speedup) * call / 60
+    return (
+        f"model {settings.name} ({type(pipe).__name__}), {settings.steps} steps, batch"
+        f" {settings.batch}: {1000 * call:.0f} ms per call here\n"
+        f"budget {settings.budget.text}: at most {1000 * call / speedup:.0f} ms per call\n"
+        f"space {settings.space.name}: {settings.trials} trials, after the published rows\n"
+        f"seeds: {settings.calibration_seeds} calibration, {settings.validation_seeds} validation,"
+        f" {settings.test_seeds} test\n"
+        f"folder: {folder} (nothing written)\n"
+        f"expected time: about {minutes:.0f} minutes"
+    )
+
+
+def _call_seconds(pipe: Pipe, settings: Settings) -> float:
+    """Seconds of the unaccelerated call, from the difference of two that are shorter."""
+    draw, device = partial(sampler.draw, pipe, range(settings.batch)), find_denoiser(pipe).device
+    draw(2)  # warms up
+    long, short = (seconds(partial(draw, steps), device) for steps in (12, 2))
+    return settings.steps * (long - short) / 10
+
+
+def _calls(settings: Settings, speedup: float) -> float:
+    """How many unaccelerated calls take as long as the search: rough counts of its stages."""
+    batches = -(-settings.validation_seeds // settings.batch)
+    rows = 24 * batches / 1.4  # published schedules, at about their mean speed-up
+    trial = (settings.trial_seeds / settings.batch + 2) / speedup  # scored, and its mix corrected
+    drawn = 2 * batches + 2 * settings.test_seeds / settings.batch  # twice, to be compared
+    rest = 5 + 25 + 70  # profile, calibration, timing in pairs
+    return rows + settings.trials * trial + drawn + rest
+
+
+# -- parts of a search, on their own --------------------------------------------------------------
+
+
+def profile(
+    pipe: Pipe,
+    folder: Path,
+    steps: int,
+    batch: int,
+    seeds: Sequence[int],
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> tuple[Profile, list[Path]]:
+    """Profile a pipe with all its candidate masks, and leave profile and pictures in a folder.
+
+    Returns: the profile, and the paths of the pictures.
+    Raises: ModelError for a denoiser without known points; MeasurementError when it gives NaN.
+    """
+    found = profiling.profile(
+        pipe,
+        candidate_masks(discover(find_denoiser(pipe))),
+        steps=steps,
+        batch=batch,
+        seeds=seeds,
+        on_progress=partial(on_progress, "profile"),
+    )
+    found.save(folder / PROFILE)
+    return found, profile_pictures.profile_pictures(found, folder)
+
+
+def load_profile(folder: Path) -> Profile | None:
+    """Read the profile that a job left in a folder; None where there is none.
+
+    Raises: RunFolderError when it is damaged.
+    """
+    path = folder / PROFILE
+    return profiling.load(path) if path.is_file() else None
+
+
+def evaluate(
+    pipe: Pipe,
+    policy: Policy,
+    seeds: Sequence[int],
+    batch: int,
+    features: Features | None = None,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Measured:
+    """Measure a policy on the pipe's device: its speed-up in pairs, what it changes on the seeds.
+
+    Raises: PolicyError when it was made for another pipe; MeasurementError when it draws NaN.
+    """
+    sampler.check(pipe, policy)
+    steps = policy.sampler.replaces
+    timing = verify.time_policy(
+        pipe,
+        policy,
+        steps,
+        batch,
+        on_pair=lambda pairs, width: on_progress("measure", pairs, pairs + 1),
+    )
+    there = policy.measured
+    measured, _ = verify.test(
+        pipe,
+        policy,
+        timing,
+        there.predicted_speedup if there else timing.ratio.value,
+        seeds=seeds,
+        steps=steps,
+        batch=batch,
+        features=features,
+        on_progress=partial(on_progress, "test"),
+    )
+    return measured

@@ -1,0 +1,103 @@
+"""How much every point's tensor changes from step to step, measured in one streamed run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from autofr.errors import MeasurementError
+from autofr.patch import Patch
+from autofr.points import SCORE, Pipe, Point
+from autofr.recording import record
+from autofr.sampler import draw
+
+OnProgress = Callable[[int, int], None]
+
+
+class Similarity(BaseModel):
+    """Similarity of a point's tensor at a step to the one `gap` steps before, mean over samples.
+
+    `cosine[gap - 1][step]` and `relative_l1[gap - 1][step]` (sum |a - b| / sum |b|, as in the
+    paper's figure); None where step < gap.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cosine: list[list[float | None]]
+    relative_l1: list[list[float | None]]
+
+
+class _Comparison:
+    """Holds the last `max_gap` steps' tensors, and compares each new step with them."""
+
+    def __init__(self, names: Sequence[str], steps: int, max_gap: int) -> None:
+        empty: list[float | None] = [None] * steps
+        self._cosine = {name: [list(empty) for _ in range(max_gap)] for name in names}
+        self._change = {name: [list(empty) for _ in range(max_gap)] for name in names}
+        self._window: deque[dict[str, torch.Tensor]] = deque(maxlen=max_gap)
+        self.compared: set[int] = set()
+        self.bytes: dict[str, int] = {}
+
+    def add(self, step: int, now: dict[str, torch.Tensor]) -> None:
+        """Compare a step's tensors with those of the steps before, then remember them."""
+        self.compared.add(step)
+        self.bytes.update({name: tensor.nbytes for name, tensor in now.items()})
+        for gap, then in enumerate(reversed(self._window), start=1):
+            for name, tensor in now.items():
+                cosine, change = compare(tensor, then[name])
+                self._cosine[name][gap - 1][step] = cosine
+                self._change[name][gap - 1][step] = change
+        self._window.append(now)
+
+    def found(self) -> dict[str, Similarity]:
+        """Return what was compared so far, by point."""
+        return {
+            name: Similarity(cosine=self._cosine[name], relative_l1=self._change[name])
+            for name in self._cosine
+        }
+
+
+def measure_similarity(
+    pipe: Pipe,
+    points: Mapping[str, Point],
+    steps: int,
+    seeds: Sequence[int],
+    max_gap: int,
+    on_progress: OnProgress | None = None,
+) -> tuple[dict[str, Similarity], dict[str, int]]:
+    """Compare every point's tensor (and the score) with those of the `max_gap` steps before it.
+
+    Only `max_gap` steps are held at a time. Of a step with several calls the first one counts.
+    Returns: similarity by point, and bytes kept by point at this number of seeds.
+    Raises: MeasurementError when the model gives NaN.
+    """
+    comparison = _Comparison([*points, SCORE], steps, max_gap)
+    patch = Patch(pipe, [[point] for point in points.values()]).install()
+
+    def listen(step: int, score: torch.Tensor) -> None:
+        if not bool(score.isfinite().all()):
+            raise MeasurementError(f"the model returned NaN or infinity at step {step}")
+        now = {**patch.run.kept.tensors, SCORE: score}
+        patch.run.kept.tensors.clear()
+        if step not in comparison.compared:
+            comparison.add(step, now)
+            if on_progress:
+                on_progress(step + 1, steps)
+
+    try:
+        with patch.keyframe(), record(pipe, on_score=listen):
+            draw(pipe, seeds, steps)
+    finally:
+        patch.remove()
+    return comparison.found(), comparison.bytes
+
+
+def compare(now: torch.Tensor, then: torch.Tensor) -> tuple[float, float]:
+    """Cosine similarity and relative L1 change of two tensors (n, ...), mean over samples."""
+    a, b = now.flatten(1).float(), then.flatten(1).float()
+    cosine = torch.nn.functional.cosine_similarity(a, b).mean()
+    change = ((a - b).abs().sum(1) / b.abs().sum(1).clamp_min(1e-12)).mean()
+    return round(float(cosine), 4), round(float(change), 4)
