@@ -17,9 +17,10 @@ import torch
 
 from autofr.clock import bare_scheduler
 from autofr.errors import MeasurementError, damaged
+from autofr.families import discover
 from autofr.latency import Costs
 from autofr.patch import Patch
-from autofr.points import Pipe, Point, discover, find_denoiser
+from autofr.points import Pipe, Point, find_denoiser
 from autofr.recording import record
 
 Masks = Mapping[str, tuple[str, ...]]
@@ -28,21 +29,33 @@ Masks = Mapping[str, tuple[str, ...]]
 def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
     """Name the masks worth calibrating: the published ones and the nested cuts of the network.
 
-    `frdiff` (first convolutions and attention), `branches` (residual branches and attention),
-    `attn`, and one cut per `stage` point, alone (DeepCache) and with the branches that it leaves.
+    U-Nets: `frdiff` (first convolutions and attention or spatial transformers), `branches`
+    (residual branches and the same), `attn`, and one `cut` per `stage` point (DeepCache).
+    Transformers: `frdiff` (all sub-layers), `attn`, `cross`, `ff`, and one `run` per run of
+    blocks to the end of its list.
     """
     by_kind: dict[str, list[str]] = {}
     for name, point in points.items():
         by_kind.setdefault(point.kind, []).append(name)
-    attention, branches = by_kind.get("attn", []), by_kind.get("branch", [])
-    masks = {
-        "attn": tuple(attention),
-        "frdiff": (*by_kind.get("conv", []), *attention),
-        "branches": (*branches, *attention),
-    }
-    for depth, name in enumerate(by_kind.get("stage", [])):
-        masks[f"cut{depth}"] = (name,)
-    return {name: mask for name, mask in masks.items() if mask}
+    attention = by_kind.get("transformer", []) + _outside_transformers(points)
+    found = {"attn": attention}
+    if unet := by_kind.get("conv", []) + by_kind.get("branch", []):
+        found["frdiff"] = [*by_kind.get("conv", []), *attention]
+        found["branches"] = [*(n for n in unet if points[n].kind == "branch"), *attention]
+    else:
+        found |= {kind: by_kind.get(kind, []) for kind in ("cross", "ff")}
+        found["frdiff"] = [*attention, *found["cross"], *found["ff"]]
+    found |= {f"cut{depth}": [name] for depth, name in enumerate(by_kind.get("stage", []))}
+    runs = [name for name in by_kind.get("block", []) if points[name].enter_at is not None]
+    found |= {f"run{index}": [name] for index, name in enumerate(runs)}
+    return {name: tuple(mask) for name, mask in found.items() if mask}
+
+
+def _outside_transformers(points: Mapping[str, Point]) -> list[str]:
+    """Attention that no spatial transformer of the list contains."""
+    outer = tuple(f"{p.module}." for p in points.values() if p.kind == "transformer")
+    attention = [name for name, point in points.items() if point.kind == "attn"]
+    return [name for name in attention if not (outer and name.startswith(outer))]
 
 
 def worth_calibrating(masks: Masks, costs: Costs) -> dict[str, tuple[str, ...]]:

@@ -292,7 +292,8 @@ def _load(model: str, device: str, dtype: str, threads: int) -> Loaded:
     import torch
 
     from autofr import zoo
-    from autofr.points import discover, find_denoiser
+    from autofr.families import discover
+    from autofr.points import find_denoiser
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     loaded = zoo.load(model, device, dtype)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from autofr import profile_pictures, profiling, report, sampler, verify
 from autofr.calibration import candidate_masks
+from autofr.families import discover
 from autofr.latency import seconds
-from autofr.points import Pipe, discover, find_denoiser
+from autofr.points import Pipe, find_denoiser
 from autofr.policy import Measured, Policy
 from autofr.profiling import Profile
 from autofr.quality import Features

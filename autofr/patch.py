@@ -10,7 +10,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,97 +18,94 @@ from torch import nn
 
 from autofr.clock import Clock
 from autofr.errors import PolicyError
-from autofr.points import Pipe, Point, find_denoiser
+from autofr.points import Given, Pipe, Point, find_denoiser, first
+from autofr.store import COMPUTE, Kept, Run, mix, signature
 
 HOOK = "autofr"
-COMPUTE = 0  # index of the empty mask: a keyframe
 HOLD = -1  # a jump: the denoiser is not called
+MISSING = object()  # a leaf has nothing to put back: its module runs
 
 Row = tuple[int, tuple[float, ...]]
 """One step of a compiled policy: mask index and mix weights."""
-
 
 Refit = Callable[
     [int, torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]], tuple[float, ...]
 ]
 """(step, denoiser input, reduced score or None at a jump, kept scores) -> mix weights."""
 
-
-@dataclass
-class Kept:
-    """What one guidance branch holds: point tensors, keyframe scores (newest first), and shape."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    scores: list[torch.Tensor] = field(default_factory=list)
-    step: int = -1
-    signature: tuple[Any, ...] = ()
-    as_tuple: bool = False
-    output_class: type | None = None
-
-
-class Run:
-    """State that all hooks of one patch share."""
-
-    def __init__(self) -> None:
-        self.mask = COMPUTE
-        self.keep = False
-        self.kept = Kept()
-        self.branches: dict[int, Kept] = {}
-        self.peak_bytes = 0
-
-    def clear(self) -> None:
-        """Free every kept tensor."""
-        self.mask, self.keep, self.kept = COMPUTE, False, Kept()
-        self.branches.clear()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+Action = Callable[[nn.Module, Given, Kept, int], Any]
+"""(module, its arguments, what is kept, how often it ran in this call) -> its output."""
 
 
 class _Leaf(ModelHook):
-    """Keep, put back or skip at one module; `actions[mask]` is None where the module runs."""
+    """Keep, put back or skip at one module; `actions[mask]` is None where the module runs.
+
+    A module that runs several times in one call of the denoiser keeps each time apart.
+    """
 
     def __init__(self, run: Run, masks: int) -> None:
         super().__init__()
         self.run = run
         self.keeps: list[Point] = []
-        self.actions: list[Callable[[nn.Module, Any, Kept], Any] | None] = [None] * (masks + 1)
+        self.enters: list[Point] = []
+        self.actions: list[Action | None] = [None] * (masks + 1)
+        self._call, self._time = -1, 0
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = self.run
+        self._time = self._time + 1 if self._call == run.call else 0
+        self._call = run.call
         action = self.actions[run.mask]
         if action is not None:
-            return action(module, _first(args, kwargs), run.kept)
+            found = action(module, (args, kwargs), run.kept, self._time)
+            if found is not MISSING:
+                return found
+        if not run.keep:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        for point in self.enters:
+            run.kept.entered[point.name] = (args, kwargs)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        if run.keep:
-            for point in self.keeps:
-                given = _first(args, kwargs)
-                run.kept.tensors[point.name] = point.keep(module, given, output)
+        for point in self.keeps:
+            given = run.kept.entered.pop(point.name, (args, kwargs))
+            run.kept.tensors[_slot(point, self._time)] = point.keep(module, given, output)
         return output
 
 
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Shape, dtype and device of every tensor given to the denoiser."""
-    values = (*args, *kwargs.values())
-    return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, torch.Tensor))
+def _slot(point: Point, time: int) -> Any:
+    return (point.name, time) if time else point.name
+
+
+def _restore(point: Point, module: nn.Module, given: Given, kept: Kept, time: int) -> Any:
+    held = kept.tensors.get(_slot(point, time), MISSING)
+    return MISSING if held is MISSING else point.restore(module, given, held)
+
+
+def _skip(skip: Callable[..., Any], module: nn.Module, given: Given, kept: Kept, time: int) -> Any:
+    return skip(module, given)
+
+
+class _Direct(ModelHook):
+    """The root hook of a patch without a plan: the caller has set the mode of the call."""
+
+    def __init__(self, patch: Patch) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = self.patch.run
+        run.call += 1
+        return self.patch.prepared(run.mask, (args, kwargs))
 
 
 class _Root(ModelHook):
     """Decide per call: compute everything, run reduced, or hold; then mix."""
 
     def __init__(
-        self,
-        pipe: Pipe,
-        run: Run,
-        clock: Clock,
-        plan: Sequence[Row],
-        order: int,
-        counts: Counter[str],
+        self, pipe: Pipe, run: Run, clock: Clock, patch: Patch, plan: Sequence[Row], order: int
     ) -> None:
         super().__init__()
-        self.pipe, self.run, self.clock, self.plan = pipe, run, clock, plan
-        self.order, self.counts = order, counts
+        self.pipe, self.run, self.clock, self.patch = pipe, run, clock, patch
+        self.plan, self.order, self.counts = plan, order, patch.counts
         self.refit: Refit | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -120,54 +116,48 @@ class _Root(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         branch = self.clock.branch
         self.clock.branch = branch + 1
+        self.run.call += 1
         try:
-            return self._call(step, branch, args, kwargs)
+            return self._call(step, branch, (args, kwargs))
         except BaseException:
             self.clock.stop()
             raise
 
-    def _call(self, step: int, branch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, step: int, branch: int, given: Given) -> Any:
         run = self.run
         kept = run.branches.get(branch)
         if kept is None:
             kept = run.branches[branch] = Kept()
         run.kept = kept
         mask, weights = self.plan[step]
-        signature = _signature(args, kwargs)
-        if mask == COMPUTE or kept.signature != signature or len(kept.scores) < len(weights) - 1:
-            return self._compute(kept, step, signature, args, kwargs)
+        now = signature(given)
+        if mask == COMPUTE or kept.signature != now or len(kept.scores) < len(weights) - 1:
+            return self._compute(kept, step, now, given)
         if mask == HOLD:
             self.counts["jump"] += 1
             if self.refit:
-                weights = self.refit(step, _first(args, kwargs), None, kept.scores)
-            return self._wrap(kept, _mix(None, kept.scores, weights))
+                weights = self.refit(step, first(given), None, kept.scores)
+            return self._wrap(kept, mix(None, kept.scores, weights))
         self.counts["mask"] += 1
+        args, kwargs = self.patch.prepared(mask, given)
         run.mask = mask
         output = self.fn_ref.original_forward(*args, **kwargs)
         run.mask = COMPUTE
         if self.refit:
-            weights = self.refit(step, _first(args, kwargs), output[0], kept.scores)
+            weights = self.refit(step, first(given), output[0], kept.scores)
         if len(weights) == 1 and weights[0] == 1:
             return output
-        return self._wrap(kept, _mix(output[0], kept.scores, weights))
+        return self._wrap(kept, mix(output[0], kept.scores, weights))
 
-    def _compute(
-        self,
-        kept: Kept,
-        step: int,
-        signature: tuple[Any, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _compute(self, kept: Kept, step: int, now: tuple[Any, ...], given: Given) -> Any:
         self.counts["key"] += 1
-        if kept.signature != signature:
-            kept.tensors.clear()
-            kept.scores.clear()
-            kept.signature = signature
+        if kept.signature != now:
+            kept.forget()
+            kept.signature = now
+        args, kwargs = given
         self.run.mask, self.run.keep = COMPUTE, True
         output = self.fn_ref.original_forward(*args, **kwargs)
         self.run.keep = False
-        kept.as_tuple = isinstance(output, tuple)
         kept.output_class = type(output)
         # A second stage of the same solver step replaces the first one's score.
         older = kept.scores[1:] if kept.step == step else kept.scores
@@ -175,23 +165,8 @@ class _Root(ModelHook):
         kept.step = step
         return output
 
-    def _wrap(self, kept: Kept, score: torch.Tensor) -> Any:
-        return (score,) if kept.as_tuple else kept.output_class(sample=score)  # type: ignore[misc]
-
-
-def _mix(
-    reduced: torch.Tensor | None, scores: Sequence[torch.Tensor], weights: Sequence[float]
-) -> torch.Tensor:
-    """Weighted sum of the reduced score and the kept ones; always a fresh tensor."""
-    if reduced is None:
-        mixed = scores[0] * weights[1]
-    else:
-        mixed = reduced * weights[0]
-        if len(weights) > 1:
-            mixed.add_(scores[0], alpha=weights[1])
-    for score, weight in zip(scores[1:], weights[2:], strict=False):
-        mixed.add_(score, alpha=weight)
-    return mixed
+    def _wrap(self, kept: Kept, score: Any) -> Any:
+        return (score,) if kept.output_class is tuple else kept.output_class(sample=score)
 
 
 class Patch:
@@ -212,6 +187,9 @@ class Patch:
         self.denoiser = find_denoiser(pipe)
         self.masks, self.plan = masks, plan
         self.run, self.counts = Run(), Counter[str]()
+        self._prepares = [
+            [point.prepare for point in mask if point.prepare] for mask in ((), *masks)
+        ]
         self._installed: list[nn.Module] = []
         self._root: _Root | None = None
         self.clock: Clock | None = None
@@ -223,7 +201,7 @@ class Patch:
                 self._stop,
                 substitute=None if same else (replaces, len(plan)),  # type: ignore[arg-type]
             )
-            self._root = _Root(pipe, self.run, self.clock, plan, order, self.counts)
+            self._root = _Root(pipe, self.run, self.clock, self, plan, order)
 
     def refit_mix(self, refit: Refit | None) -> None:
         """Ask `refit` for the weights of every reduced or held step, instead of the plan."""
@@ -234,8 +212,8 @@ class Patch:
         """Put the hooks on; returns itself."""
         for path, leaf in self._leaves().items():
             self._register(self.denoiser.get_submodule(path), leaf)
-        if self._root is not None and self.clock is not None:
-            self._register(self.denoiser, self._root)
+        self._register(self.denoiser, self._root or _Direct(self))
+        if self.clock is not None:
             self.clock.install()
         return self
 
@@ -266,12 +244,12 @@ class Patch:
         finally:
             self.run.mask = COMPUTE
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes held now: point tensors and scores of all branches (shared storage once)."""
-        stores = {id(k): k for k in (*self.run.branches.values(), self.run.kept)}.values()
-        tensors = [t for kept in stores for t in (*kept.tensors.values(), *kept.scores)]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    def prepared(self, mask: int, given: Given) -> Given:
+        """The denoiser's arguments as the points of a mask want them."""
+        args, kwargs = given
+        for prepare in self._prepares[mask]:
+            kwargs = prepare(kwargs)
+        return args, kwargs
 
     def _leaves(self) -> dict[str, _Leaf]:
         leaves: dict[str, _Leaf] = {}
@@ -284,6 +262,8 @@ class Patch:
                 keeper = leaf(point.keep_at)
                 if point not in keeper.keeps:
                     keeper.keeps.append(point)
+                    if point.enter_at is not None:
+                        leaf(point.enter_at).enters.append(point)
                 leaf(point.restore_at).actions[index] = functools.partial(_restore, point)
             for point in mask:  # skips win: an outer point makes the inner ones irrelevant
                 for path, skip in point.skips.items():
@@ -305,16 +285,8 @@ class Patch:
         self.counts.clear()
 
     def _stop(self) -> None:
-        self.run.peak_bytes = max(self.run.peak_bytes, self.kept_bytes)
+        self.run.peak_bytes = max(self.run.peak_bytes, self.run.kept_bytes)
         self.run.clear()
-
-
-def _restore(point: Point, module: nn.Module, given: torch.Tensor, kept: Kept) -> Any:
-    return point.restore(module, given, kept.tensors[point.name])
-
-
-def _skip(skip: Callable[..., Any], module: nn.Module, given: torch.Tensor, kept: Kept) -> Any:
-    return skip(module, given)
 
 
 def _unregister(module: nn.Module) -> None:

@@ -14,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from autofr.errors import damaged
+from autofr.families import discover
 from autofr.latency import Costs, measure_costs, synchronize
-from autofr.patch import COMPUTE, HOLD, Patch
-from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint
+from autofr.patch import HOLD, Patch
+from autofr.points import Pipe, Point, find_denoiser, fingerprint
 from autofr.policy import JUMP, KEY
 from autofr.recording import record
 from autofr.sampler import draw
 from autofr.similarity import OnProgress, Similarity, measure_similarity
+from autofr.store import COMPUTE
 
 
 class _Value(BaseModel):
@@ -207,25 +209,31 @@ def _point_seconds(
     """Median seconds of each point's module, and of the part that reuse skips."""
     denoiser = find_denoiser(pipe)
     args, kwargs = call
-    paths = {path for p in points.values() if p.kind != "stage" for path in (p.module, p.keep_at)}
-    shortcuts = {p.module for p in points.values() if p.kind == "branch"}
-    modules = {path: denoiser.get_submodule(path) for path in paths}
-    modules |= {
-        f"{path}.conv_shortcut": module.conv_shortcut
-        for path in shortcuts
-        if (module := denoiser.get_submodule(path)).conv_shortcut is not None
+    timed = {name: p for name, p in points.items() if p.kind != "stage"}
+    shortcuts = {
+        f"{p.module}.conv_shortcut"
+        for p in timed.values()
+        if p.kind == "branch"
+        and getattr(denoiser.get_submodule(p.module), "conv_shortcut", None) is not None
     }
+    paths = {path for p in timed.values() for path in (p.module, p.keep_at, *p.skips)} | shortcuts
+    modules = {path: denoiser.get_submodule(path) for path in paths}
     with _stopwatches(modules, denoiser.device) as times:
         for _ in range(rounds):
             denoiser(*args, **kwargs)
-    median = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-    whole = {name: median[p.module] for name, p in points.items() if p.kind != "stage"}
-    skippable = dict(whole)
-    for name, point in points.items():
+    median = {n: sorted(values)[len(values) // 2] if values else 0.0 for n, values in times.items()}
+    whole: dict[str, float] = {}
+    skippable: dict[str, float] = {}
+    for name, point in timed.items():
+        run = sum(median[path] for path in {*point.skips, point.restore_at})
+        whole[name] = max(median[point.module], run)
         if point.kind == "conv":
             skippable[name] = median[point.keep_at]
-        elif point.kind == "branch":
-            skippable[name] -= median.get(f"{point.module}.conv_shortcut", 0.0)
+        elif point.skips:
+            skippable[name] = run
+        else:
+            short = median.get(f"{point.module}.conv_shortcut", 0.0)
+            skippable[name] = median[point.module] - (short if point.kind == "branch" else 0.0)
     return whole, skippable
 
 

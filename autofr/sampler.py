@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 
 from autofr import policy as policy_file
-from autofr.errors import PolicyError
-from autofr.patch import COMPUTE, HOLD, Patch, Row
-from autofr.points import Pipe, Point, discover, find_denoiser, fingerprint, weights_hash
+from autofr.errors import ModelError, PolicyError
+from autofr.families import discover
+from autofr.patch import HOLD, Patch, Row
+from autofr.points import Pipe, Point, find_denoiser, fingerprint, weights_hash
 from autofr.policy import JUMP, KEY, Mix, Model, Policy, Sampler, executed
 from autofr.recording import record
+from autofr.store import COMPUTE
 
 _ATTRIBUTE = "_autofr_patch"
 _CONFIG_FIELDS = (
@@ -179,7 +182,13 @@ def draw(pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
     """Call the pipe once, one generator per seed, and return images and final latents.
 
     A sample depends on its own seed alone, not on the batch it is drawn in.
+    Raises: ModelError for a pipe that wants more than a batch size (prompts, images).
     """
+    if "batch_size" not in inspect.signature(pipe.__call__).parameters:
+        raise ModelError(
+            f"{type(pipe).__name__} draws from prompts or images; profiling, searching and sampling"
+            " them is not there yet (autofr.apply and autofr.remove work)"
+        )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with record(pipe) as tape, torch.inference_mode():
         images = pipe(

@@ -16,8 +16,9 @@ from autofr.compare import conclude, policy_row, solver_row
 from autofr.decode import Decoded, Frame, decode, fastest_seconds, guesses
 from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate, Evaluator, Score, other_solvers
+from autofr.families import discover
 from autofr.planner import out_of_reach
-from autofr.points import Pipe, discover, find_denoiser
+from autofr.points import Pipe, find_denoiser
 from autofr.policy import Measured, Policy, Provenance
 from autofr.profiling import Profile, profile
 from autofr.profiling import load as load_profile

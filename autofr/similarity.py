@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +14,7 @@ from autofr.patch import Patch
 from autofr.points import SCORE, Pipe, Point
 from autofr.recording import record
 from autofr.sampler import draw
+from autofr.store import tensors_in
 
 OnProgress = Callable[[int, int], None]
 
@@ -37,17 +39,18 @@ class _Comparison:
         empty: list[float | None] = [None] * steps
         self._cosine = {name: [list(empty) for _ in range(max_gap)] for name in names}
         self._change = {name: [list(empty) for _ in range(max_gap)] for name in names}
-        self._window: deque[dict[str, torch.Tensor]] = deque(maxlen=max_gap)
+        self._window: deque[dict[str, Any]] = deque(maxlen=max_gap)
         self.compared: set[int] = set()
         self.bytes: dict[str, int] = {}
 
-    def add(self, step: int, now: dict[str, torch.Tensor]) -> None:
-        """Compare a step's tensors with those of the steps before, then remember them."""
+    def add(self, step: int, now: dict[str, Any]) -> None:
+        """Compare what points keep at a step with the steps before, then remember it."""
         self.compared.add(step)
-        self.bytes.update({name: tensor.nbytes for name, tensor in now.items()})
+        for name, kept in now.items():
+            self.bytes[name] = sum(tensor.nbytes for tensor in tensors_in(kept))
         for gap, then in enumerate(reversed(self._window), start=1):
-            for name, tensor in now.items():
-                cosine, change = compare(tensor, then[name])
+            for name, kept in now.items():
+                cosine, change = compare(kept, then[name])
                 self._cosine[name][gap - 1][step] = cosine
                 self._change[name][gap - 1][step] = change
         self._window.append(now)
@@ -80,8 +83,9 @@ def measure_similarity(
     def listen(step: int, score: torch.Tensor) -> None:
         if not bool(score.isfinite().all()):
             raise MeasurementError(f"the model returned NaN or infinity at step {step}")
-        now = {**patch.run.kept.tensors, SCORE: score}
-        patch.run.kept.tensors.clear()
+        kept = patch.run.kept.tensors
+        now = {name: kept[name] for name in points if name in kept} | {SCORE: score}
+        kept.clear()
         if step not in comparison.compared:
             comparison.add(step, now)
             if on_progress:
@@ -95,9 +99,18 @@ def measure_similarity(
     return comparison.found(), comparison.bytes
 
 
-def compare(now: torch.Tensor, then: torch.Tensor) -> tuple[float, float]:
-    """Cosine similarity and relative L1 change of two tensors (n, ...), mean over samples."""
-    a, b = now.flatten(1).float(), then.flatten(1).float()
+def compare(now: Any, then: Any) -> tuple[float, float]:
+    """Cosine similarity and relative L1 change of two kept values, mean over samples.
+
+    Values are tensors (n, ...), or several of them: then the mean over those.
+    """
+    pairs = list(zip(tensors_in(now), tensors_in(then), strict=True))
+    found = [_compare(a.flatten(1).float(), b.flatten(1).float()) for a, b in pairs]
+    cosine, change = (sum(values) / len(pairs) for values in zip(*found, strict=True))
+    return round(cosine, 4), round(change, 4)
+
+
+def _compare(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     cosine = torch.nn.functional.cosine_similarity(a, b).mean()
     change = ((a - b).abs().sum(1) / b.abs().sum(1).clamp_min(1e-12)).mean()
-    return round(float(cosine), 4), round(float(change), 4)
+    return float(cosine), float(change)

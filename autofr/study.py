@@ -18,8 +18,9 @@ from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autofr.errors import RunFolderError
+from autofr.families import discover
 from autofr.latency import Budget
-from autofr.points import Pipe, discover, find_denoiser, fingerprint, weights_hash
+from autofr.points import Pipe, find_denoiser, fingerprint, weights_hash
 from autofr.space import Space
 
 STUDY = "autofr"

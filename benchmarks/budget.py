@@ -12,7 +12,8 @@ from protocol import load, write
 
 from autofr import policy as policies
 from autofr import profiling, verify
-from autofr.points import discover, find_denoiser
+from autofr.families import discover
+from autofr.points import find_denoiser
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from autofr.baselines import (
     uniform,
 )
 from autofr.calibration import candidate_masks
+from autofr.families import discover
 from autofr.latency import Costs
-from autofr.points import discover
 from autofr.policy import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)

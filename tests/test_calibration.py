@@ -16,9 +16,9 @@ from autofr.calibration import (
     worth_calibrating,
 )
 from autofr.errors import MeasurementError
+from autofr.families import discover
 from autofr.latency import Costs
 from autofr.patch import Patch
-from autofr.points import discover
 from autofr.recording import record
 from autofr.sampler import draw
 

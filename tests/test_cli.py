@@ -25,7 +25,7 @@ from autofr import study
 from autofr.cli import app, main
 from autofr.console import progress
 from autofr.errors import AutofrError, BudgetError, MeasurementError
-from autofr.points import discover
+from autofr.families import discover
 from autofr.policy import Constant, Policy, load
 from autofr.report import load_result
 from autofr.sampler import compose

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autofr import sampler
 from autofr.calibration import candidate_masks
 from autofr.correction import _fit, correct, trajectory
-from autofr.points import discover
+from autofr.families import discover
 from autofr.policy import HardSigmoid, Policy, Table
 from autofr.recording import record
 

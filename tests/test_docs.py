@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -180,6 +181,12 @@ def test_pictures_and_links_lead_somewhere(readme: str) -> None:
     if not any((ROOT / "results").glob("*/report.md")):
         local = [link for link in local if not link.startswith("results/")]
     assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_the_table_of_results_is_that_of_the_runs(readme: str) -> None:
+    """Every number in the table comes from the reference runs."""
+    made = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))["text"]()
+    assert made in readme
 
 
 def test_public_names_are_documented_in_the_package(readme: str) -> None:

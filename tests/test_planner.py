@@ -348,7 +348,7 @@ def test_gaps_are_bounded():
 @pytest.mark.parametrize("speedup", [1.2, 2.0, 2.5])
 def test_a_plan_makes_a_policy_that_runs(pipe, mix, speedup):
     """Steps and mix of a plan make a valid policy, and the pipe computes what the plan says."""
-    from autofr.points import discover
+    from autofr.families import discover
 
     points = {p.kind: name for name, p in discover(pipe.unet).items()}
     masks = {"cheap": (points["stage"],), "good": (points["attn"],), "unused": (points["conv"],)}

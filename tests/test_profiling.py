@@ -11,8 +11,9 @@ import torch
 from conftest import ddim, make_pipe
 
 from autofr.errors import MeasurementError, ModelError
+from autofr.families import discover
 from autofr.latency import Costs
-from autofr.points import SCORE, discover, fingerprint
+from autofr.points import SCORE, fingerprint
 from autofr.profiling import Profile, costs_of, profile
 from autofr.sampler import draw
 from autofr.similarity import measure_similarity

@@ -13,7 +13,8 @@ from test_search import STEPS, tiny_pipe
 
 from autofr import zoo
 from autofr.errors import ModelError
-from autofr.points import discover, find_denoiser
+from autofr.families import discover
+from autofr.points import find_denoiser
 from autofr.quality import load_features
 from autofr.sampler import draw
 

@@ -264,8 +264,10 @@ def train_on(folder: Path, domain: torch.Tensor, minutes: float, work: Path, see
     """
     from diffusers import UNet2DModel, VQModel
 
-    vae = VQModel.from_pretrained(folder / "vqvae").float().eval().to(domain.device)
-    unet = UNet2DModel.from_pretrained(folder / "unet").float()
+    vae, unet = build_autoencoder(), build_denoiser()
+    vae.load_state_dict(VQModel.from_pretrained(folder / "vqvae").float().state_dict())
+    unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").float().state_dict())
+    vae = vae.eval().to(domain.device)
     bundled = load_features(folder)
     if bundled is None or not isinstance(bundled.encoder, Encoder):
         raise typer.BadParameter(f"--init {folder}: no features.safetensors beside the weights")

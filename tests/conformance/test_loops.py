@@ -1,0 +1,120 @@
+"""Laws of whole runs, of every supported denoiser class and every solver."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from laws import ALL, state
+from loop import STEPS, Loop
+
+from autofr import sampler
+from autofr.calibration import candidate_masks
+from autofr.clock import solver_steps
+from autofr.families import discover
+from autofr.policy import Constant, Mix, Policy, Table
+from autofr.recording import record
+
+PLAN = ("key", "mask", "jump", "key", "mask", "mask")
+each = pytest.mark.parametrize("name", ALL)
+
+
+def drawn(pipe: Loop, batch: int = 2) -> torch.Tensor:
+    """Final latents of fixed seeds."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+    torch.manual_seed(5)  # solvers that add noise draw it from here
+    with record(pipe) as tape:
+        pipe(batch_size=batch, generator=generators)
+    return tape.latents[-1]
+
+
+def policy(pipe: Loop, steps: tuple[str, ...], mix: Mix | None = None) -> Policy:
+    """A policy that reuses every sub-layer at its mask steps."""
+    masks = candidate_masks(discover(pipe.transformer))
+    name = "frdiff" if "frdiff" in masks else next(iter(masks))
+    return sampler.compose(
+        pipe, "tiny", steps, {"mask": masks[name]}, mix or Constant(), replaces=STEPS,
+        latent_shape=(1,),
+    )  # fmt: skip
+
+
+def planned(pipe: Loop, steps: tuple[str, ...]) -> dict[str, int]:
+    """Calls by kind: each pass of the loop does what its solver step says, for every branch."""
+    calls = Counter(steps[step] for step in solver_steps(pipe.scheduler))
+    return {kind: count * (2 if pipe.split else 1) for kind, count in calls.items()}
+
+
+def check_runs(pipe: Loop) -> None:
+    """The laws of whole runs on one pipe."""
+    bare, before = drawn(pipe), state(pipe.transformer)
+    with sampler.reuse(pipe, policy(pipe, ("key",) * STEPS)) as patch:
+        assert torch.equal(drawn(pipe), bare)
+        assert patch.counts == planned(pipe, ("key",) * STEPS)
+    with sampler.reuse(pipe, policy(pipe, PLAN)) as patch:
+        found = drawn(pipe)
+        assert patch.counts == planned(pipe, PLAN)
+        assert patch.run.kept_bytes == 0 and patch.run.peak_bytes > 0
+        assert found.isfinite().all() and not torch.equal(found, bare)
+        drawn(pipe, batch=1)
+        assert torch.equal(drawn(pipe), found)
+    assert state(pipe.transformer) == before
+    assert torch.equal(drawn(pipe), bare)
+
+
+@each
+def test_runs_of_every_family(name: str) -> None:
+    """Keyframes are bit-identical, calls are those planned, runs repeat, nothing is left."""
+    check_runs(Loop(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["UNet2DConditionModel sd", "SD3Transformer2DModel", "ZImageTransformer2DModel"]
+)
+def test_runs_with_two_calls_per_step(name: str) -> None:
+    """Guidance branches that are called one after the other keep their tensors apart."""
+    check_runs(Loop(name, split=True))
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel"])
+def test_mixing_with_older_scores(name: str) -> None:
+    """Fitted weights on two keyframes' scores work on every kind of output."""
+    rows: tuple[Any, ...] = ((), (0.5, 0.5), (0.0, 1.0), (), (0.6, 0.3, 0.1), (0.0, 1.2, -0.2))
+    pipe = Loop(name)
+    steps = ("key", "mask", "jump", "key", "mask", "jump")
+    with sampler.reuse(pipe, policy(pipe, steps, Table(weights=rows))) as patch:
+        assert drawn(pipe).isfinite().all()
+        assert patch.counts == planned(pipe, steps)
+
+
+SOLVERS: dict[str, Any] = {
+    "DDIM": diffusers.DDIMScheduler,
+    "DDPM": diffusers.DDPMScheduler,
+    "PNDM": diffusers.PNDMScheduler,
+    "LMS": diffusers.LMSDiscreteScheduler,
+    "Euler": diffusers.EulerDiscreteScheduler,
+    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "Heun": diffusers.HeunDiscreteScheduler,
+    "KDPM2": diffusers.KDPM2DiscreteScheduler,
+    "KDPM2 ancestral": diffusers.KDPM2AncestralDiscreteScheduler,
+    "DPM-Solver++ 2M": diffusers.DPMSolverMultistepScheduler,
+    "DPM-Solver++ 2M SDE": lambda: diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++"
+    ),
+    "DPM-Solver++ 2S": diffusers.DPMSolverSinglestepScheduler,
+    "DEIS": diffusers.DEISMultistepScheduler,
+    "UniPC": diffusers.UniPCMultistepScheduler,
+    "LCM": diffusers.LCMScheduler,
+    "EDM Euler": diffusers.EDMEulerScheduler,
+    "EDM DPM-Solver++ 2M": diffusers.EDMDPMSolverMultistepScheduler,
+    "FlowMatch Euler": diffusers.FlowMatchEulerDiscreteScheduler,
+    "FlowMatch Heun": diffusers.FlowMatchHeunDiscreteScheduler,
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_runs_with_every_solver(solver: str) -> None:
+    """The laws of whole runs hold for solvers with stages, memory and noise."""
+    check_runs(Loop("UNet2DModel", SOLVERS[solver]()))
