@@ -113,7 +113,7 @@ def search(
     steps: Steps = 50,
     batch: Batch = 8,
     space: Space = "default",
-    trials: Trials = 12,
+    trials: Trials = 20,
     time_limit: TimeLimit = None,
     seed: Seed = 0,
     threads: Threads = 0,

@@ -97,16 +97,19 @@ def guesses(space: Space) -> list[dict[str, Any]]:
         "max_gap": axes.max_gap[1],
         "first": inside(1, axes.first),
         "last": inside(0, axes.last),
-        "rollouts": inside(2, axes.rollouts),
+        "rollouts": inside(1, axes.rollouts),
     }
     if axes.mix[0] in ("sigmoid", "hard_sigmoid"):
         start |= {"tau": inside(30, axes.tau), "bias": inside(0.5, axes.bias)}
     elif axes.mix[0] == "step":
         start |= {"bias": inside(0.5, axes.bias)}
-    phases = ((0.0, 0.0), (-2.0, 0.0), (-1.0, 1.0))
+    masks = [axes.masks[0], *(name for name in axes.masks if name == "jump+branches")]
+    phases = ((0.0, 0.0), (1.0, 0.5), (-1.0, 0.0))
     return [
-        start | {"phase_start": inside(a, axes.phase), "phase_end": inside(b, axes.phase)}
+        start
+        | {"phase_start": inside(a, axes.phase), "phase_end": inside(b, axes.phase), "masks": name}
         for a, b in phases
+        for name in dict.fromkeys(masks)
     ]
 
 

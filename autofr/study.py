@@ -39,7 +39,7 @@ class Settings:
     steps: int = 50
     batch: int = 8
     seed: int = 0
-    trials: int = 12
+    trials: int = 20
     time_limit: float | None = None
     calibration_seeds: int = 8
     trial_seeds: int = 16
