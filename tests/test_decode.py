@@ -165,7 +165,7 @@ def planned_params(**changes):
     """Parameters of the wide space."""
     return dict(
         steps=1.0, masks="all", mix="fit2", max_gap=4, phase_start=0.0, phase_end=0.0, first=1,
-        last=0, rollouts=2,
+        last=0, rollouts=1,
     ) | changes  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_settings_of_the_planner_are_kept():
     assert len(steps) == round(12 * 0.6)
     assert {*steps[:3], *steps[-2:]} == {"key"}
     assert {*steps} <= {"key", "jump", "cut0", "cut1"}
-    assert found.rollouts == 2 and found.masks is MASKS
+    assert found.rollouts == 1 and found.masks is MASKS
     plain = decode(wide(), Fixed(planned_params(mix="constant")), frame(2.0))
     assert plain.draft.mix == Constant() and plain.rollouts == 0  # a λ(t) is not corrected
 
