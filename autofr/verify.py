@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from autofr.study import Record, Settings
 
 NEAR = 1.15  # finalists have at most this many times the least error
 ATTEMPTS = 5
+PATIENCE = 90.0  # seconds of measuring after which a policy that keeps the budget is not replanned
 SPARE = 1.015  # a policy that is faster than asked by more than this gives time back
 
 
@@ -89,7 +91,7 @@ def within_budget(
     front. Of those that keep the budget the slowest is taken: it changes the images least.
     Raises: BudgetError when none keeps it; says what was measured.
     """
-    closest = 0.0
+    closest, began = 0.0, time.monotonic()
     for record, first in ranked:
         found: Candidate | None = first
         best: Verdict | None = None
@@ -103,7 +105,7 @@ def within_budget(
             closest = max(closest, timing.ratio.low)
             if spare >= 1:
                 best = Verdict(record, found, timing)
-                if spare < SPARE:
+                if spare < SPARE or time.monotonic() - began > PATIENCE:
                     break
                 seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
                 if seconds < found.seconds * 1.005:

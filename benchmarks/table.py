@@ -15,7 +15,7 @@ from autofr.report import load_result
 from autofr.result import Result
 
 RESULTS = Path(__file__).parents[1] / "results"
-RUNS = ("ldm4-1.5x", "ldm4-2x", "ldm4-3x")
+RUNS = ("ldm4-1.5x", "ldm4-3x")
 KINDS = {"fewer steps": "fewer steps", "DeepCache": "deepcache", "FRDiff": "frdiff"}
 HEAD = (
     "budget", "measured speed-up", "error, test seeds", "PSNR", "FID policy / teacher",
@@ -50,9 +50,7 @@ def _best(result: Result, group: str) -> str:
     """The row of a group with the least error among those as fast as the choice."""
     chosen = next(row for row in result.rows if row.group == "chosen")
     fast = [
-        row
-        for row in result.rows
-        if row.group == group and speed(row) >= AS_FAST * speed(chosen)
+        row for row in result.rows if row.group == group and speed(row) >= AS_FAST * speed(chosen)
     ]
     if not fast:
         return "none as fast"

@@ -125,6 +125,31 @@ def test_a_miss_tightens_by_as_much_as_was_missed(monkeypatch: pytest.MonkeyPatc
     assert times[2] <= 0.995 * times[1]
 
 
+def test_time_to_spare_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that is faster than asked is replanned with more time, and the slower one taken."""
+    bench = Bench(monkeypatch, [1.6, 1.505])
+    verdict = bench.choose(RANKED, "1.5x", bench.again)
+    assert verdict.found.name == "tighter 1" and verdict.timing.ratio.low == 1.505
+    ((_, seconds),) = bench.asked
+    assert 0.66 < seconds < 0.66 * 1.6 / 1.5
+
+
+def test_what_kept_the_budget_is_not_lost_to_a_slower_one_that_misses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the replanned policy misses, the one that kept the budget is taken."""
+    bench = Bench(monkeypatch, [1.6, 1.45])
+    verdict = bench.choose(RANKED, "1.5x", bench.again)
+    assert verdict.found.name == "first" and bench.timed == 2
+
+
+def test_giving_time_back_stays_below_what_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is not given the time again with which another missed."""
+    bench = Bench(monkeypatch, [1.4, 1.6, 1.5])
+    bench.choose(RANKED, "1.5x", bench.again)
+    assert bench.asked[-1][1] < 0.66
+
+
 def test_a_candidate_without_a_front_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no tighter plan, the next finalist is measured."""
     bench = Bench(monkeypatch, [1.4, 1.6])
