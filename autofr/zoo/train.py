@@ -256,6 +256,14 @@ def train_from_nothing(
     return Trained(unet, vae, encoder, seconds)
 
 
+def _load(kind: Any, folder: Path) -> torch.nn.Module:
+    """Load a module in float32, without the note of its folder that would be exported again."""
+    saved = kind.from_pretrained(folder)
+    module = kind.from_config({k: v for k, v in saved.config.items() if k != "_name_or_path"})
+    module.load_state_dict(saved.float().state_dict())
+    return module
+
+
 def train_on(folder: Path, domain: torch.Tensor, minutes: float, work: Path, seed: int) -> Trained:
     """Train the denoiser of an exported folder on; its autoencoder and features stay.
 
@@ -264,10 +272,8 @@ def train_on(folder: Path, domain: torch.Tensor, minutes: float, work: Path, see
     """
     from diffusers import UNet2DModel, VQModel
 
-    vae, unet = build_autoencoder(), build_denoiser()
-    vae.load_state_dict(VQModel.from_pretrained(folder / "vqvae").float().state_dict())
-    unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").float().state_dict())
-    vae = vae.eval().to(domain.device)
+    vae = _load(VQModel, folder / "vqvae").eval().to(domain.device)
+    unet = _load(UNet2DModel, folder / "unet")
     bundled = load_features(folder)
     if bundled is None or not isinstance(bundled.encoder, Encoder):
         raise typer.BadParameter(f"--init {folder}: no features.safetensors beside the weights")
