@@ -39,9 +39,9 @@ def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
         by_kind.setdefault(point.kind, []).append(name)
     attention = by_kind.get("transformer", []) + _outside_transformers(points)
     found = {"attn": attention}
-    if unet := by_kind.get("conv", []) + by_kind.get("branch", []):
-        found["frdiff"] = [*by_kind.get("conv", []), *attention]
-        found["branches"] = [*(n for n in unet if points[n].kind == "branch"), *attention]
+    convs, branches = by_kind.get("conv", []), by_kind.get("branch", [])
+    if convs or branches:
+        found |= {"frdiff": [*convs, *attention], "branches": [*branches, *attention]}
     else:
         found |= {kind: by_kind.get(kind, []) for kind in ("cross", "ff")}
         found["frdiff"] = [*attention, *found["cross"], *found["ff"]]

@@ -25,7 +25,6 @@ class Kept:
     tensors: dict[Any, Any] = field(default_factory=dict)
     entered: dict[str, Given] = field(default_factory=dict)
     scores: list[Any] = field(default_factory=list)
-    rest: tuple[Any, ...] = ()
     step: int = -1
     signature: tuple[Any, ...] = ()
     output_class: type = tuple

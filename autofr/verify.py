@@ -100,20 +100,18 @@ def within_budget(
             if found is None:
                 break
             timing = time_policy(pipe, found.policy, settings.steps, settings.batch, on_pair)
-            wanted = settings.budget.speedup_over(timing.first_seconds)
-            spare = timing.ratio.low / wanted
+            spare = timing.ratio.low / settings.budget.speedup_over(timing.first_seconds)
             closest = max(closest, timing.ratio.low)
-            if spare >= 1:
-                best = Verdict(record, found, timing)
-                if spare < SPARE or time.monotonic() - began > PATIENCE:
-                    break
-                seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
-                if seconds < found.seconds * 1.005:
-                    break
-            else:
+            if spare < 1 and best is not None:
+                break
+            if spare < 1:
                 missed = min(missed, found.seconds)
                 seconds = found.seconds * min(0.995, spare)
-                if best is not None:
+            else:
+                best = Verdict(record, found, timing)
+                seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
+                enough = spare < SPARE or seconds < found.seconds * 1.005
+                if enough or time.monotonic() - began > PATIENCE:
                     break
             found = again(record, seconds)
         if best is not None:
