@@ -121,15 +121,16 @@ def discover(denoiser: nn.Module) -> dict[str, Point]:
 
 def _by_structure(denoiser: nn.Module) -> list[Point]:
     """Points of a class that is in no table: known layers, and lists of equal blocks."""
-    folders = [
+    if hasattr(denoiser, "up_blocks"):
+        return _layers(denoiser, "down_blocks", "mid_block", "up_blocks")
+    repeated = [
         name
         for name, module in denoiser.named_children()
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and len({type(block) for block in module}) == 1
     ]
-    if "down_blocks" in folders or "up_blocks" in folders:
-        return _layers(denoiser, "down_blocks", "mid_block", "up_blocks")
-    repeated = [folder for folder in folders if len(getattr(denoiser, folder)) > 1]
-    return _transformer(*repeated, runs=False)(denoiser) if repeated else []
+    return _transformer(*repeated, runs=False)(denoiser)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import pytest
 from laws import ALL, counted, distance, patched, points_of, score, state
 
 from autofr.calibration import candidate_masks
-from autofr.families import FAMILIES
+from autofr.families import FAMILIES, discover
 
 each = pytest.mark.parametrize("name", ALL)
 EQUAL = 1e-4  # float32: kept differences are added again
@@ -95,3 +95,21 @@ def test_removal_leaves_nothing(name: str) -> None:
     assert state(model) == before
     assert patch.run.kept_bytes == 0
     assert distance(score(model, inputs), bare) == 0
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel sd", "SanaTransformer2DModel"])
+def test_a_class_in_no_table_is_searched_by_structure(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A look-alike of another name has the layers of its blocks as points, with a notice."""
+    model, known = points_of(name)
+    model.__class__ = type(f"My{type(model).__name__}", (type(model),), {})
+    found = discover(model)
+    assert found and set(found) <= set(known)
+    assert f"My{name.split()[0]} is in no table" in caplog.text
+    inputs = ALL[name].inputs(0, 0.5, 1)
+    patch = patched(model, [list(found.values())])
+    with patch.keyframe():
+        whole = score(model, inputs)
+    with patch.reduced(1):
+        assert distance(score(model, inputs), whole) < EQUAL
