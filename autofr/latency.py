@@ -189,7 +189,7 @@ def measure_costs(
     masks: Sequence[str],
     *,
     device: torch.device | str = "cpu",
-    rounds: int = 5,
+    rounds: int = 9,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Costs:
     """Measure the parts of a call.
