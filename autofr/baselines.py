@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autofr.latency import Costs
-from autofr.policy import KEY, Constant, HardSigmoid, Mix, executed, mix_row
+from autofr.mix import KEY, Constant, HardSigmoid, Mix, executed, mix_row
 
 PLAIN = Constant(value=1.0)
 Group = Literal[

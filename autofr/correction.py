@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from autofr.clock import bare_scheduler
+from autofr.mix import Table
 from autofr.points import Pipe
-from autofr.policy import Policy, Table
+from autofr.policy import Policy
 from autofr.recording import record
 from autofr.sampler import reuse
 

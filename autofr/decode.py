@@ -11,18 +11,8 @@ from autofr.baselines import Draft
 from autofr.calibration import Calibration
 from autofr.errors import BudgetError, SpaceError
 from autofr.latency import Costs
+from autofr.mix import JUMP, KEY, Constant, Cosine, Family, HardSigmoid, Linear, Sigmoid, Step
 from autofr.planner import Rule, plan
-from autofr.policy import (
-    JUMP,
-    KEY,
-    Constant,
-    Cosine,
-    Family,
-    HardSigmoid,
-    Linear,
-    Sigmoid,
-    Step,
-)
 from autofr.space import (
     Axes,
     DirectAxes,

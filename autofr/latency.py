@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from autofr.errors import BudgetError, MeasurementError
-from autofr.policy import JUMP, KEY, Interval
+from autofr.mix import JUMP, KEY
+from autofr.policy import Interval
 
 _BUDGET = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(x|ms|s)\s*$")
 

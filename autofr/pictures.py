@@ -17,7 +17,8 @@ from torch import Tensor
 
 from autofr.baselines import Group
 from autofr.canvas import INK, SHADES, picture, plain_numbers
-from autofr.policy import JUMP, KEY, Interval, Policy, executed
+from autofr.mix import JUMP, KEY, executed
+from autofr.policy import Interval, Policy
 from autofr.result import Result, Row
 from autofr.wording import count, exact, speedup_of, times, wanted_speedup
 

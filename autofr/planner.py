@@ -15,7 +15,7 @@ import numpy as np
 from autofr.calibration import Calibration
 from autofr.errors import BudgetError
 from autofr.latency import Costs
-from autofr.policy import JUMP, KEY, Family, Mix, Table
+from autofr.mix import JUMP, KEY, Family, Mix, Table
 
 RIDGE = 1e-4
 

@@ -4,127 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from autofr.errors import PolicyError
+from autofr.mix import JUMP, KEY, Constant, Finite, Mix, Positive, Table, Value, mix_row
 
 VERSION = 1
-KEY, JUMP = "key", "jump"
 MAX_BYTES = 16 * 2**20
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Sigmoid(_Value):
-    """λ = σ(τ(r - b)), r = step / steps: the paper's schedule (section "score mixing")."""
-
-    kind: Literal["sigmoid"] = "sigmoid"
-    tau: Positive = 30.0
-    bias: Finite = 0.5
-
-    def weight(self, r: float) -> float:
-        return 1 / (1 + math.exp(-max(-60.0, min(60.0, self.tau * (r - self.bias)))))
-
-
-class HardSigmoid(_Value):
-    """λ = clip((τ(r - b) + 2) / 4, 0, 1): the schedule of FRDiff's released code."""
-
-    kind: Literal["hard_sigmoid"] = "hard_sigmoid"
-    tau: Positive = 30.0
-    bias: Finite = 0.5
-
-    def weight(self, r: float) -> float:
-        return min(1.0, max(0.0, (self.tau * (r - self.bias) + 2) / 4))
-
-
-class Linear(_Value):
-    """λ rises in a straight line from 0 at r = start to 1 at r = end."""
-
-    kind: Literal["linear"] = "linear"
-    start: Finite = 0.0
-    end: Finite = 1.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Linear:
-        if self.end <= self.start:
-            raise ValueError(f"end must be above start, got start={self.start} end={self.end}")
-        return self
-
-    def weight(self, r: float) -> float:
-        return min(1.0, max(0.0, (r - self.start) / (self.end - self.start)))
-
-
-class Cosine(_Value):
-    """λ = (1 - cos πr) / 2."""
-
-    kind: Literal["cosine"] = "cosine"
-
-    def weight(self, r: float) -> float:
-        return (1 - math.cos(math.pi * r)) / 2
-
-
-class Step(_Value):
-    """λ = 0 before r = bias, 1 from there on."""
-
-    kind: Literal["step"] = "step"
-    bias: Finite = 0.5
-
-    def weight(self, r: float) -> float:
-        return float(r >= self.bias)
-
-
-class Constant(_Value):
-    """The same λ at every step; 1 is pure feature reuse, 0 is pure Jump."""
-
-    kind: Literal["constant"] = "constant"
-    value: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
-
-    def weight(self, r: float) -> float:
-        return self.value
-
-
-class Table(_Value):
-    """Fitted weights, one row per step: [reduced score, last keyframe's, the one's before, ...].
-
-    The row of a keyframe is empty; the first entry of a jump's row is 0.
-    """
-
-    kind: Literal["table"] = "table"
-    weights: tuple[tuple[Finite, ...], ...]
-
-
-Family = Sigmoid | HardSigmoid | Linear | Cosine | Step | Constant
-Mix = Annotated[Family | Table, Field(discriminator="kind")]
-
-
-def mix_row(step: str, mix: Mix, index: int, steps: int) -> tuple[float, ...]:
-    """Weights of [reduced score, last keyframe's, the one's before, ...] at step `index`.
-
-    Empty at keyframes; first entry 0 at jumps, also where λ ≤ 0 turns a mask into one.
-    """
-    if step == KEY:
-        return ()
-    if isinstance(mix, Table):
-        return mix.weights[index]
-    share = 0.0 if step == JUMP else mix.weight(index / steps)
-    return (1.0,) if share >= 1 else (share, 1 - share) if share > 0 else (0.0, 1.0)
-
-
-def executed(step: str, row: tuple[float, ...]) -> str:
-    """What runs at a step with these weights: a mask that weighs nothing is a jump."""
-    return JUMP if row and row[0] == 0 else step
-
-
-class Model(_Value):
+class Model(Value):
     """Which denoiser the policy is for."""
 
     name: str
@@ -133,7 +25,7 @@ class Model(_Value):
     weights: str | None = None
 
 
-class Sampler(_Value):
+class Sampler(Value):
     """How that denoiser is sampled.
 
     `num_inference_steps` is the length of `steps`; `replaces` is the teacher's step count: a call
@@ -150,7 +42,7 @@ class Sampler(_Value):
     dtype: str
 
 
-class Interval(_Value):
+class Interval(Value):
     """A measured value with its 95 % interval."""
 
     value: Finite
@@ -158,7 +50,7 @@ class Interval(_Value):
     high: Finite
 
 
-class Fid(_Value):
+class Fid(Value):
     """FID of teacher and policy on the same seeds, and their difference, in named features."""
 
     features: str
@@ -167,7 +59,7 @@ class Fid(_Value):
     difference: Interval
 
 
-class Measured(_Value):
+class Measured(Value):
     """What was measured when the policy was chosen, with the protocol.
 
     `fid` is None where the model has no feature extractor.
@@ -192,7 +84,7 @@ class Measured(_Value):
     kept_bytes: Annotated[int, Field(ge=0)]
 
 
-class Provenance(_Value):
+class Provenance(Value):
     """Where the policy comes from."""
 
     autofr: str
@@ -204,7 +96,7 @@ class Provenance(_Value):
     date: str
 
 
-class Policy(_Value):
+class Policy(Value):
     """Keyframes, masks and mix of every step of one sampler of one denoiser.
 
     `steps[i]` is "key", "jump" or the name of a mask; `masks` maps a name to the points reused.

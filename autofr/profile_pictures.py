@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
 from autofr.canvas import INK, SHADES, picture, plain_numbers
-from autofr.policy import JUMP, KEY
+from autofr.mix import JUMP, KEY
 from autofr.profiling import Profile
 from autofr.wording import count, duration, size
 

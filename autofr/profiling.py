@@ -16,9 +16,9 @@ from torch import nn
 from autofr.errors import damaged
 from autofr.families import discover
 from autofr.latency import Costs, measure_costs, synchronize
+from autofr.mix import JUMP, KEY
 from autofr.patch import HOLD, Patch
 from autofr.points import Pipe, Point, find_denoiser, fingerprint
-from autofr.policy import JUMP, KEY
 from autofr.recording import record
 from autofr.sampler import draw
 from autofr.similarity import OnProgress, Similarity, measure_similarity

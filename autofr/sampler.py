@@ -14,9 +14,10 @@ import torch
 from autofr import policy as policy_file
 from autofr.errors import ModelError, PolicyError
 from autofr.families import discover
+from autofr.mix import JUMP, KEY, Mix, executed
 from autofr.patch import HOLD, Patch, Row
 from autofr.points import Pipe, Point, find_denoiser, fingerprint, weights_hash
-from autofr.policy import JUMP, KEY, Mix, Model, Policy, Sampler, executed
+from autofr.policy import Model, Policy, Sampler
 from autofr.recording import record
 from autofr.store import COMPUTE
 

@@ -12,8 +12,9 @@ import torch
 from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate, draw_all, interval
 from autofr.latency import Paired, paired
+from autofr.mix import executed
 from autofr.points import Pipe, find_denoiser
-from autofr.policy import Fid, Interval, Measured, Policy, executed
+from autofr.policy import Fid, Interval, Measured, Policy
 from autofr.profiling import device_name, versions
 from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
 from autofr.sampler import Samples, apply, draw, remove, reuse

@@ -12,8 +12,7 @@ import argparse
 import torch
 from protocol import load, write
 
-from autofr import policy as policies
-from autofr import verify
+from autofr import mix, verify
 from autofr.sampler import compose, draw, reuse
 
 
@@ -30,9 +29,9 @@ def main() -> None:
     policy = compose(
         pipe,
         args.model,
-        [policies.KEY] * args.steps,
+        [mix.KEY] * args.steps,
         {},
-        policies.Constant(),
+        mix.Constant(),
         replaces=args.steps,
         latent_shape=tuple(bare.latents.shape[1:]),
     )

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "autofr"
 # From the bottom up: a file imports only from rows above its own, and not from its own row.
 LAYERS = [
     {"errors"},
+    {"mix"},
     {"policy"},
     {"points"},
     {"layers"},
@@ -57,7 +58,7 @@ DOORS = {
     "matplotlib": {"canvas", "pictures", "profile_pictures"},
     "typer": {"cli", "zoo.train"},
 }
-LIGHT = {"errors", "policy"}
+LIGHT = {"errors", "mix", "policy"}
 HEAVY = {"torch", "diffusers", "optuna", "matplotlib"}
 
 

@@ -20,7 +20,7 @@ from autofr.baselines import (
 from autofr.calibration import candidate_masks
 from autofr.families import discover
 from autofr.latency import Costs
-from autofr.policy import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
+from autofr.mix import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

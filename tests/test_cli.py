@@ -26,7 +26,8 @@ from autofr.cli import app, main
 from autofr.console import progress
 from autofr.errors import AutofrError, BudgetError, MeasurementError
 from autofr.families import discover
-from autofr.policy import Constant, Policy, load
+from autofr.mix import Constant
+from autofr.policy import Policy, load
 from autofr.report import load_result
 from autofr.sampler import compose
 

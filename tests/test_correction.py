@@ -14,7 +14,8 @@ from autofr import sampler
 from autofr.calibration import candidate_masks
 from autofr.correction import _fit, correct, trajectory
 from autofr.families import discover
-from autofr.policy import HardSigmoid, Policy, Table
+from autofr.mix import HardSigmoid, Table
+from autofr.policy import Policy
 from autofr.recording import record
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)

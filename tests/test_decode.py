@@ -13,7 +13,7 @@ from autofr.calibration import Calibration
 from autofr.decode import Frame, decode, family, fastest_seconds, guesses, mix_name
 from autofr.errors import BudgetError
 from autofr.latency import Costs
-from autofr.policy import Constant, Sigmoid, Step, Table
+from autofr.mix import Constant, Sigmoid, Step, Table
 from autofr.space import SHIPPED, Planned, load_space
 
 laws = settings(deadline=None, max_examples=30, derandomize=True, database=None)

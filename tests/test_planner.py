@@ -14,8 +14,8 @@ from autofr import planner, sampler
 from autofr.calibration import Calibration
 from autofr.errors import BudgetError
 from autofr.latency import Costs
+from autofr.mix import Constant, HardSigmoid, Linear, Table
 from autofr.planner import RIDGE, Rule, choices, front, plan
-from autofr.policy import Constant, HardSigmoid, Linear, Table
 
 laws = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 

@@ -10,24 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autofr.errors import PolicyError
+from autofr.mix import Constant, Cosine, HardSigmoid, Linear, Sigmoid, Step, Table, mix_row
 from autofr.policy import (
-    Constant,
-    Cosine,
     Fid,
-    HardSigmoid,
     Interval,
-    Linear,
     Measured,
     Model,
     Policy,
     Provenance,
     Sampler,
-    Sigmoid,
-    Step,
-    Table,
     load,
     loads,
-    mix_row,
     schema,
 )
 

@@ -14,19 +14,8 @@ from PIL import Image
 
 from autofr import report
 from autofr.errors import RunFolderError
-from autofr.policy import (
-    JUMP,
-    KEY,
-    Constant,
-    Fid,
-    Interval,
-    Measured,
-    Model,
-    Policy,
-    Sampler,
-    Sigmoid,
-    Table,
-)
+from autofr.mix import JUMP, KEY, Constant, Sigmoid, Table
+from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler
 from autofr.profiling import PointProfile, Profile, Similarity
 from autofr.result import Result, Row
 

@@ -12,8 +12,9 @@ from autofr import sampler
 from autofr.clock import solver_steps
 from autofr.errors import PolicyError
 from autofr.families import discover
+from autofr.mix import Constant, HardSigmoid, Table
 from autofr.points import find_denoiser, fingerprint
-from autofr.policy import Constant, HardSigmoid, Model, Policy, Table
+from autofr.policy import Model, Policy
 from autofr.recording import record
 
 N = 8

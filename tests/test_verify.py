@@ -13,7 +13,8 @@ from autofr import verify
 from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate
 from autofr.latency import Paired, parse_budget
-from autofr.policy import Constant, Interval, Policy, Table
+from autofr.mix import Constant, Table
+from autofr.policy import Interval, Policy
 from autofr.sampler import compose
 from autofr.study import Record
 from autofr.verify import NEAR, finalists, within_budget

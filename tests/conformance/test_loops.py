@@ -15,7 +15,8 @@ from autofr import sampler
 from autofr.calibration import candidate_masks
 from autofr.clock import solver_steps
 from autofr.families import discover
-from autofr.policy import Constant, Mix, Policy, Table
+from autofr.mix import Constant, Mix, Table
+from autofr.policy import Policy
 from autofr.recording import record
 
 PLAN = ("key", "mask", "jump", "key", "mask", "mask")
