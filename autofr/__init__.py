@@ -11,28 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofr.errors import AutofrError as AutofrError
+    from autofr.hub import read as load
     from autofr.policy import Policy as Policy
-    from autofr.policy import load as load
     from autofr.sampler import apply as apply
     from autofr.sampler import remove as remove
     from autofr.sampler import reuse as reuse
+    from autofr.task import Task as Task
 
 # Torch and diffusers load with the first name that needs them, not with `import autofr`.
 _HOME = {
     "AutofrError": "autofr.errors",
     "Policy": "autofr.policy",
-    "load": "autofr.policy",
+    "load": "autofr.hub",
     "apply": "autofr.sampler",
     "remove": "autofr.sampler",
     "reuse": "autofr.sampler",
+    "Task": "autofr.task",
 }
-__all__ = ["AutofrError", "Policy", "apply", "load", "remove", "reuse"]
+_NAME = {"load": "read"}  # where it is called otherwise there
+__all__ = ["AutofrError", "Policy", "Task", "apply", "load", "remove", "reuse"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'autofr' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_HOME[name]), _NAME.get(name, name))
 
 
 def __dir__() -> list[str]:

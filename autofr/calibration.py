@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from autofr import guidance
 from autofr.clock import bare_scheduler
 from autofr.errors import MeasurementError, damaged
 from autofr.families import discover
+from autofr.held import forms
 from autofr.latency import Costs
 from autofr.patch import Patch
 from autofr.points import Pipe, Point, find_denoiser
-from autofr.recording import record
+from autofr.recording import Call, Tape, record
+from autofr.sampler import draw
 
 Masks = Mapping[str, tuple[str, ...]]
 
@@ -129,67 +134,112 @@ class Calibration:
 @torch.inference_mode()
 def calibrate(
     pipe: Pipe,
-    run: Callable[[], object],
+    seeds: Sequence[int],
+    steps: int,
     masks: Masks,
     max_gap: int = 6,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Run the teacher once (`run` calls the pipe), then every mask at every gap on its inputs.
+    """Run the teacher once on `seeds`, then every mask at every gap on its inputs.
 
-    Cost: N keyframes and about N * max_gap * len(masks) reduced evaluations.
-    Raises: MeasurementError when the model gives NaN.
+    Scores are compared as the scheduler gets them (after guidance), in the form in which they are
+    held. Cost: N keyframes and about N * max_gap * len(masks) reduced evaluations.
+    Raises: MeasurementError when the model gives NaN, or the pipe's loop begins in the middle.
     """
     with record(pipe, calls=True) as tape:
-        run()
-    first = [tape.steps.index(step) for step in range(tape.steps[-1] + 1)]
-    calls = [tape.calls[k] for k in first]
-    n, m = len(calls), len(masks)
-    scores = torch.stack([score.float().flatten() for _, _, score in calls]).double()
+        draw(pipe, seeds, steps)
+    teacher = _Teacher(tape, len(seeds))
+    n, m = teacher.steps, len(masks)
+    scores = torch.stack([teacher.score(i) for i in range(n)])
     if not bool(scores.isfinite().all()):
         raise MeasurementError("the model returned NaN or infinity during calibration")
-    denoiser = find_denoiser(pipe)
-    points = discover(denoiser)
     cross, own = np.full((m, n, max_gap, n), np.nan), np.full((m, n, max_gap), np.nan)
+    points = discover(find_denoiser(pipe))
     patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()]).install()
     try:
         for key in range(n - 1):
-            with patch.keyframe():
-                denoiser(*calls[key][0], **calls[key][1])
+            teacher.run(key, patch.keyframe)
             for gap in range(1, min(max_gap, n - 1 - key) + 1):
-                args, kwargs, _ = calls[key + gap]
                 for index in range(m):
-                    with patch.reduced(index + 1):
-                        reduced = denoiser(*args, **kwargs)[0].float().flatten().double()
-                    cross[index, key + gap, gap - 1] = (scores @ reduced).cpu().numpy()
-                    own[index, key + gap, gap - 1] = float(reduced @ reduced)
+                    step = key + gap
+                    outputs = teacher.run(step, partial(patch.reduced, index + 1))
+                    reduced = teacher.score(step, outputs)
+                    cross[index, step, gap - 1] = (scores @ reduced).cpu().numpy()
+                    own[index, step, gap - 1] = float(reduced @ reduced)
             if on_step:
                 on_step(key + 1, n - 1)
     finally:
         patch.remove()
-    teacher = (scores @ scores.T).cpu().numpy()
-    final = tape.latents[-1].double()
-    gain = step_gains(pipe, tape.first_latents, [call[2] for call in tape.calls], tape.steps)
-    return Calibration(tuple(masks), teacher, cross, own, gain, float(final.square().sum()))
+    products = (scores @ scores.T).cpu().numpy()
+    final = tape.latents[-1][: len(seeds)].double()
+    gain = step_gains(tape) / teacher.slopes
+    return Calibration(tuple(masks), products, cross, own, gain, float(final.square().sum()))
 
 
-def step_gains(
-    pipe: Pipe, start: torch.Tensor, scores: Sequence[torch.Tensor], step_of: Sequence[int]
-) -> np.ndarray:
+class _Teacher:
+    """The first pass of every step of a recorded run: its calls, and how they make a score."""
+
+    def __init__(self, tape: Tape, samples: int) -> None:
+        if tape.calls[0].at or len(tape.scores) != len(tape.steps):
+            raise MeasurementError(
+                "this pipe's loop leaves out steps (a strength below 1?), so nothing can be planned"
+                " for all of them: search with the whole run, and apply the policy to the part"
+            )
+        if len({id(call.module) for call in tape.calls}) > 1:
+            raise MeasurementError(
+                "this pipe changes its denoiser during a run; policies for two experts can be"
+                " applied, but not planned yet"
+            )
+        self._denoiser = tape.calls[0].module
+        by_pass: dict[int, list[Call]] = {}
+        for call in tape.calls:
+            by_pass.setdefault(call.at, []).append(call)
+        first = [tape.steps.index(step) for step in range(tape.steps[-1] + 1)]
+        held = forms(tape.scheduler)
+        self._calls = [by_pass[k] for k in first]
+        self._forms = [held[k] if held else None for k in first]
+        self._guides = [
+            guidance.fit([call.output for call in by_pass[k]], tape.scores[k], samples)
+            for k in first
+        ]
+        self.steps = len(first)
+        self.slopes = np.array([abs(form.q) if form else 1.0 for form in self._forms])
+
+    def run(self, step: int, mode: Callable[..., Any]) -> list[Any]:
+        """Call the denoiser as at a step, every guidance branch in its mode `mode(branch=...)`."""
+        outputs = []
+        for branch, call in enumerate(self._calls[step]):
+            args, kwargs = call.given
+            with mode(branch=(0, branch)):
+                outputs.append(self._denoiser(*args, **kwargs)[0])
+        return outputs
+
+    def score(self, step: int, outputs: Sequence[Any] | None = None) -> torch.Tensor:
+        """The step's score (of these outputs, or the teacher's), as it is held: flat, float64."""
+        calls, guide, form = self._calls[step], self._guides[step], self._forms[step]
+        score = guide([call.output for call in calls] if outputs is None else outputs)
+        samples = guide.samples(calls) if form else None
+        if form is None or samples is None:
+            return score
+        return form.noise(samples, score)
+
+
+@torch.inference_mode()
+def step_gains(tape: Tape) -> np.ndarray:
     """Measure how far an error of the score at each step moves the final latents, by the
     scheduler alone: it is run on the stored scores with one of them perturbed (no network calls).
 
     Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping).
     """
-    steps = step_of[-1] + 1
+    scores, steps = tape.scores, tape.steps[-1] + 1
 
     def replay(changed: int | None) -> torch.Tensor:
-        scheduler = bare_scheduler(pipe.scheduler)
-        scheduler.set_timesteps(steps)
-        latents = start
+        scheduler = bare_scheduler(tape.scheduler)
+        latents = tape.first_latents
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for index, score in enumerate(scores):
-                if step_of[index] == changed:
+                if tape.steps[index] == changed:
                     score = score + nudge
                 latents = scheduler.step(score, scheduler.timesteps[index], latents)[0]
         return latents

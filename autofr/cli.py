@@ -7,15 +7,17 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autofr import console
+from autofr import console, hub, policy_cli
 from autofr.errors import AutofrError, RunFolderError, UserError
-from autofr.policy import load as load_policy
+from autofr.policy import Keep
 
 if TYPE_CHECKING:
     from autofr.quality import Features
@@ -34,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(policy_cli.app)
+
 Model = Annotated[str, typer.Option(help="bundled name, local diffusers folder, or hub id")]
 Budget = Annotated[str, typer.Option(help="speed-up such as 1.5x, or time per call such as 180ms")]
 Space = Annotated[str, typer.Option(help="default, frdiff, direct, or a TOML file")]
@@ -48,6 +52,21 @@ TimeLimit = Annotated[
     float | None, typer.Option(min=1, help="seconds after which no new trial starts")
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the run; default results/MODEL-BUDGET")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(help="prompts, a line each; or .jsonl: an object of call arguments per line"),
+]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="argument of every call, such as guidance_scale=5"),
+]
+KeepDtype = Annotated[
+    Literal["float16", "bfloat16"] | None, typer.Option(help="store kept tensors in half precision")
+]
+KeepOnHost = Annotated[bool, typer.Option("--keep-on-host", help="store kept tensors on the host")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="most that may be kept on the device, such as 200MB")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done, and about how long")
 ]
@@ -86,6 +105,8 @@ def profile(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    inputs: Inputs = None,
+    call: Call = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results")] = None,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +114,7 @@ def profile(
 
     Example: `autofr profile --model ldm4 --out results/ldm4-profile`
     """
-    loaded = _load(model, device, dtype, threads)
+    loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import job
 
     folder = _writable(out or Path("results") / f"{loaded.name}-profile")
@@ -119,6 +140,11 @@ def search(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    inputs: Inputs = None,
+    call: Call = None,
+    keep_dtype: KeepDtype = None,
+    keep_on_host: KeepOnHost = False,
+    max_memory: MaxMemory = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -130,10 +156,13 @@ def search(
     Example: `autofr search --model ldm4 --budget 1.5x`
     """
     from autofr.latency import parse_budget
+    from autofr.memory import parse_size
     from autofr.space import load_space
 
     asked, allowed = parse_budget(budget), load_space(space)
-    loaded = _load(model, device, dtype, threads)
+    memory = parse_size(max_memory) if max_memory else None
+    keep = Keep(dtype=keep_dtype, host=keep_on_host)
+    loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import job, report
     from autofr.study import Settings
 
@@ -146,6 +175,9 @@ def search(
         seed=seed,
         trials=trials,
         time_limit=time_limit,
+        inputs=getattr(loaded.pipe, "digest", ""),
+        keep=keep,
+        max_memory=memory,
         command=shlex.join(["autofr", *sys.argv[1:]]),
     )
     folder = out or Path("results") / f"{loaded.name}-{asked.text}"
@@ -165,7 +197,7 @@ def search(
 
 @app.command()
 def evaluate(
-    policy: Annotated[Path, typer.Option(help="policy file")],
+    policy: Annotated[Path, typer.Option(help="policy file, or hub:owner/name@revision")],
     model: Model = "ldm4",
     samples: Annotated[int, typer.Option(min=2, help="test seeds")] = 64,
     batch: Batch = 8,
@@ -173,14 +205,16 @@ def evaluate(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    inputs: Inputs = None,
+    call: Call = None,
     as_json: Json = False,
 ) -> None:
     """Measure a policy on this device: speed-up in pairs, and what it changes in the images.
 
     Example: `autofr evaluate --model ldm4 --policy results/ldm4-1.5x/policy.json`
     """
-    found = load_policy(policy)
-    loaded = _load(model, device, dtype, threads)
+    found = hub.read(policy)
+    loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import job
 
     seeds = _seeds(seed, samples, TEST)
@@ -197,7 +231,7 @@ def evaluate(
 def sample(
     model: Model = "ldm4",
     policy: Annotated[
-        Path | None, typer.Option(help="policy file; none draws as the teacher")
+        Path | None, typer.Option(help="policy file, or hub:owner/name; none draws as the teacher")
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="images")] = 16,
     steps: Annotated[
@@ -208,6 +242,8 @@ def sample(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    inputs: Inputs = None,
+    call: Call = None,
     out: Annotated[Path, typer.Option(help="PNG file")] = Path("samples.png"),
 ) -> None:
     """Draw a grid of images, with or without a policy.
@@ -215,8 +251,8 @@ def sample(
     Example: `autofr sample --model ldm4 --policy results/ldm4-1.5x/policy.json -n 16`
     """
     _png(out)
-    found = load_policy(policy) if policy else None
-    loaded = _load(model, device, dtype, threads)
+    found = hub.read(policy) if policy else None
+    loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import pictures, sampler
     from autofr.evaluate import draw_all
 
@@ -237,14 +273,14 @@ def sample(
 
 @app.command()
 def show(
-    policy: Annotated[Path, typer.Argument(help="policy file")],
+    policy: Annotated[Path, typer.Argument(help="policy file, or hub:owner/name@revision")],
     as_json: Json = False,
 ) -> None:
     """Say in words what a policy does and what was measured.
 
     Example: `autofr show results/ldm4-1.5x/policy.json`
     """
-    found = load_policy(policy)
+    found = hub.read(policy)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return
@@ -288,7 +324,18 @@ def main() -> None:
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def _load(model: str, device: str, dtype: str, threads: int) -> Loaded:
+def _load(
+    model: str,
+    device: str,
+    dtype: str,
+    threads: int,
+    inputs: Path | None,
+    call: Sequence[str] | None,
+) -> Loaded:
+    from autofr import task
+
+    arguments = task.parse_call(call or ())
+    rows = task.read_inputs(inputs) if inputs else None
     import torch
 
     from autofr import zoo
@@ -298,7 +345,7 @@ def _load(model: str, device: str, dtype: str, threads: int) -> Loaded:
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     loaded = zoo.load(model, device, dtype)
     discover(find_denoiser(loaded.pipe))  # a pipe without known points is refused before any work
-    return loaded
+    return replace(loaded, pipe=task.as_task(loaded.pipe, rows, arguments))
 
 
 def _features(loaded: Loaded) -> Features | None:

@@ -1,16 +1,21 @@
 """The step clock: the only code that wraps a scheduler's methods.
 
-`set_timesteps` starts a run, `step` advances it; timesteps are never compared.
+`set_timesteps` starts a run, `step` advances it. Timesteps are compared once per run at most, to
+find where a run begins that starts in the middle (img2img), and never to tell steps apart.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+
+from autofr.errors import PolicyError
 
 
 def solver_steps(scheduler: Any) -> list[int]:
@@ -38,25 +43,39 @@ def bare_scheduler(scheduler: Any) -> Any:
     return bare
 
 
+class Listener:
+    """What a clock tells of a run; every method may be overridden."""
+
+    def started(self, steps: int) -> None:
+        """`set_timesteps` was called: a run of this many solver steps begins."""
+
+    def stopped(self) -> None:
+        """The run is over, or was given up."""
+
+    def stepping(self, score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The scheduler is about to step; returns the score that it gets."""
+        return score
+
+    def stepped(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """The scheduler has stepped from one sample to the next."""
+
+
 class Clock:
-    """Follows one scheduler: which solver step is running, or None between runs."""
+    """Follows one scheduler: which pass and solver step is running, or None between runs."""
 
     def __init__(
-        self,
-        scheduler: Any,
-        on_start: Callable[[int], None],
-        on_stop: Callable[[], None],
-        on_step: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
-        substitute: tuple[int, int] | None = None,
+        self, scheduler: Any, listener: Listener, substitute: tuple[int, int] | None = None
     ) -> None:
         self.scheduler = scheduler
         self.step: int | None = None
-        self.branch = 0
-        self._pass = 0
+        self.index = 0
+        self.calls = 0
         self._of_pass: list[int] = []
-        self._on_start, self._on_stop, self._on_step = on_start, on_stop, on_step
+        self._listener = listener
         self._substitute = substitute
+        self._replaced = False
         self._before: dict[str, Any] = {}
+        self._order = inspect.signature(scheduler.step)
 
     def install(self) -> None:
         """Wrap `set_timesteps` and `step` of this scheduler instance."""
@@ -80,37 +99,109 @@ class Clock:
     def stop(self) -> None:
         """End the run, if one is on."""
         self.step = None
-        self._on_stop()
+        self._listener.stopped()
+
+    def count_call(self, timestep: Any) -> tuple[int, int]:
+        """Note a denoiser call of a run; returns how many came before it in this pass, and the
+        solver step.
+
+        At a run's first call the clock is set to where the run begins: pipelines that start in the
+        middle (img2img, inpainting with a strength) tell the scheduler, or use a later timestep.
+        """
+        if self.index == 0 and self.calls == 0:
+            self._set(self._begin(timestep))
+            self._check_begin()
+        self.calls += 1
+        assert self.step is not None
+        return self.calls - 1, self.step
+
+    def __deepcopy__(self, memo: Any) -> Clock:
+        """A copied scheduler (pipelines make some) is not followed, and needs no second clock."""
+        return self
+
+    def _stop_at_end(self) -> None:
+        if self.step is None:
+            self.stop()
+
+    def _begin(self, timestep: Any) -> int:
+        if hasattr(self.scheduler, "begin_index"):
+            return self.scheduler.begin_index or 0
+        if timestep is None:
+            return 0
+        now = torch.as_tensor(timestep).flatten()[:1].cpu()
+        equal = (torch.as_tensor(self.scheduler.timesteps).cpu() == now).nonzero()
+        return int(equal[0, 0]) if len(equal) else 0
+
+    def _check_begin(self) -> None:
+        """Refuse to begin at a place that the pipe has counted in other steps than run.
+
+        Raises: PolicyError.
+        """
+        if self._replaced and self._substitute and self.index:
+            asked, given = self._substitute
+            self.stop()
+            raise PolicyError(
+                f"this policy takes {given} steps for a call of {asked}, but a pipe that begins in"
+                f" the middle counts them itself: call it with num_inference_steps={given}"
+            )
+
+    def _set(self, index: int) -> None:
+        self.index = index
+        self.step = self._of_pass[index] if index < len(self._of_pass) else None
+
+    def _mine(self, original: Any) -> bool:
+        """A deep copy of the scheduler carries the wrappers, but its steps are not this run's."""
+        return getattr(original, "__self__", self.scheduler) is self.scheduler
 
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._mine(original):
+            return original(*args, **kwargs)
         self.stop()
-        if self._substitute:
-            asked, given = self._substitute
-            if args and args[0] == asked:
-                args = (given, *args[1:])
-            elif kwargs.get("num_inference_steps") == asked:
-                kwargs["num_inference_steps"] = given
+        changed = self._substituted(*self._substitute, args, kwargs) if self._substitute else None
+        self._replaced = changed is not None
+        args, kwargs = changed or (args, kwargs)
         result = original(*args, **kwargs)
         self._of_pass = solver_steps(self.scheduler)
-        self._on_start(self._of_pass[-1] + 1)
-        self._pass = self.branch = 0
-        self.step = 0
+        self._listener.started(self._of_pass[-1] + 1)
+        self.calls = 0
+        self._set(0)
         return result
 
+    @staticmethod
+    def _substituted(asked: int, given: int, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Ask for other steps where so many are asked for, by their number or their noise levels.
+
+        Flow-matching pipelines give a grid of levels whose last step ends at 0. None where other
+        steps are asked for.
+        """
+        if args and args[0] == asked:
+            return (given, *args[1:]), kwargs
+        changes: dict[str, Any] = {}
+        if kwargs.get("num_inference_steps") == asked:
+            changes["num_inference_steps"] = given
+        sigmas = kwargs.get("sigmas")
+        if sigmas is not None and len(sigmas) == asked:
+            places = np.linspace(0, asked, given, endpoint=False)
+            changes["sigmas"] = np.interp(places, np.arange(asked + 1), [*sigmas, 0.0]).tolist()
+        return (args, kwargs | changes) if changes else None
+
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._mine(original):
+            return original(*args, **kwargs)
+        given = self._order.bind(*args, **kwargs)
+        named = given.arguments
         try:
-            result = original(*args, **kwargs)
+            if self.index == 0 and self.calls == 0:  # nobody counts calls here
+                self._set(self._begin(named["timestep"]))
+            named["model_output"] = self._listener.stepping(named["model_output"], named["sample"])
+            result = original(*given.args, **given.kwargs)
         except BaseException:
             self.stop()
             raise
-        if self._on_step:
-            before = args[2] if len(args) > 2 else kwargs["sample"]
-            self._on_step(before, result[0] if isinstance(result, tuple) else result.prev_sample)
+        after = result[0] if isinstance(result, tuple) else result.prev_sample
+        self._listener.stepped(named["sample"], after)
         if self.step is not None:
-            self._pass += 1
-            self.branch = 0
-            if self._pass < len(self._of_pass):
-                self.step = self._of_pass[self._pass]
-            else:
-                self.stop()
+            self.calls = 0
+            self._set(self.index + 1)
+            self._stop_at_end()
         return result

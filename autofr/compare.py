@@ -8,7 +8,7 @@ from typing import Any
 
 from autofr.evaluate import Candidate, Evaluator, Score, fine_steps
 from autofr.latency import Costs
-from autofr.points import Pipe
+from autofr.points import Pipe, name_of
 from autofr.policy import Policy
 from autofr.profiling import Profile
 from autofr.result import Result, Row
@@ -123,7 +123,7 @@ def conclude(
     seeds = {purpose: settings.seeds(purpose) for purpose in PURPOSES}
     return Result(
         model=settings.name,
-        pipeline=type(pipe).__name__,
+        pipeline=name_of(pipe),
         budget=settings.budget.text,
         command=settings.command,
         date=time.strftime("%Y-%m-%d"),

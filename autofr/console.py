@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autofr.memory import size
 from autofr.policy import Fid, Interval, Measured, Policy
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def profile_rows(profile: Profile) -> list[list[str]]:
     """Say what every mask of a profile costs, in time and in memory."""
     rows = [["mask", "points", "share of a full evaluation", "kept"]]
     for name, seconds in profile.mask_seconds.items():
-        kept = f"{profile.mask_bytes[name] / 2**20:.2f} MiB"
+        kept = size(profile.mask_bytes[name])
         share = f"{seconds / profile.key_seconds:.2f}"
         rows.append([name, str(len(profile.masks[name])), share, kept])
     return rows
@@ -192,6 +193,7 @@ def words(policy: Policy) -> list[str]:
             f" batch {found.batch}, {found.dtype}, {found.threads} threads",
             f"error     {found.trajectory_error.value:.4f} of the latents,"
             f" PSNR {found.psnr:.1f} dB, {found.samples} test seeds",
+            f"memory    {size(found.kept_bytes)} kept between steps",
         ]
         if fid := found.fid:
             change = fid.difference

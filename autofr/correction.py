@@ -7,18 +7,21 @@ lands as near as possible to the latents that the teacher had there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from autofr import guidance
 from autofr.clock import bare_scheduler
+from autofr.held import Form
 from autofr.mix import Table
 from autofr.points import Pipe
 from autofr.policy import Policy
-from autofr.recording import record
-from autofr.sampler import reuse
+from autofr.recording import Tape, record
+from autofr.sampler import draw, reuse
 
 RIDGE = 1e-3
 
@@ -27,21 +30,29 @@ RIDGE = 1e-3
 class Trajectory:
     """The teacher's latents after every pass of the loop, on calibration seeds."""
 
+    seeds: tuple[int, ...]
     latents: tuple[torch.Tensor, ...]
 
 
-def trajectory(pipe: Pipe, run: Callable[[], object]) -> Trajectory:
+def trajectory(pipe: Pipe, seeds: Sequence[int], steps: int) -> Trajectory:
     """Run the teacher once and keep its path (a few hundred kilobytes for latent models)."""
     with record(pipe) as tape:
-        run()
-    return Trajectory(tuple(tape.latents))
+        draw(pipe, seeds, steps)
+    return Trajectory(tuple(seeds), tuple(tape.latents))
+
+
+class _Mixed(NamedTuple):
+    """What one guidance branch had to mix at a step, in the form in which scores are held."""
+
+    form: Form | None
+    sample: Any
+    reduced: Any
+    scores: tuple[Any, ...]
 
 
 @torch.inference_mode()
-def correct(
-    pipe: Pipe, policy: Policy, teacher: Trajectory, run: Callable[[], object], rounds: int = 1
-) -> Policy:
-    """Refit the mix table along the policy's own path; `run` calls the pipe on the same seeds.
+def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) -> Policy:
+    """Refit the mix table along the policy's own path, on the teacher's seeds.
 
     A policy without a fitted table, or with another number of steps than the teacher, is returned
     as it is. Exact for solvers whose step is linear in the score.
@@ -49,35 +60,43 @@ def correct(
     if not isinstance(policy.mix, Table) or len(policy.steps) != len(teacher.latents):
         return policy
     rows = list(policy.mix.weights)
+    parts: dict[int, list[_Mixed]] = {}
 
-    def refit(
-        step: int,
-        given: torch.Tensor,
-        reduced: torch.Tensor | None,
-        scores: Sequence[torch.Tensor],
-    ) -> tuple[float, ...]:
-        # Not `given`: some schedulers scale the latents before the denoiser gets them.
-        wanted = _wanted_score(pipe, step, tape.latents[-1], scores[0], teacher.latents[step])
-        if wanted is not None:
-            rows[step] = _fit(rows[step], wanted, reduced, scores)
-        return rows[step]
+    def note(
+        step: int, form: Form | None, sample: Any, reduced: Any, scores: Sequence[Any]
+    ) -> None:
+        held = tuple(map(guidance.stacked, scores))
+        reduced = None if reduced is None else guidance.stacked(reduced)
+        parts.setdefault(step, []).append(_Mixed(form, sample, reduced, held))
+
+    def revise(score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        step = len(tape.latents)
+        branches = parts.pop(step, None)
+        if not branches:
+            return score
+        wanted = _wanted_score(pipe, tape, score, sample, teacher.latents[step])
+        basis = _Basis.of(branches, rows[step], score, len(teacher.seeds))
+        if wanted is None or basis is None:
+            return score
+        rows[step] = basis.fit(rows[step], wanted)
+        return basis.score(rows[step]).to(score)
 
     for _ in range(rounds):
-        with reuse(pipe, policy) as patch, record(pipe) as tape:
-            patch.refit_mix(refit)
-            run()
+        with reuse(pipe, policy) as patch, record(pipe, revise=revise) as tape:
+            patch.on_mix = note
+            draw(pipe, teacher.seeds, len(policy.steps))
         policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
     return policy
 
 
 def _wanted_score(
-    pipe: Pipe, step: int, sample: torch.Tensor, score: torch.Tensor, target: torch.Tensor
+    pipe: Pipe, tape: Tape, score: torch.Tensor, sample: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor | None:
     """The score with which this solver step, from where the policy is, reaches the target.
 
     None where the step does not depend on its score (DDIM's last without `set_alpha_to_one`).
     """
-    time = pipe.scheduler.timesteps[step]
+    time = pipe.scheduler.timesteps[len(tape.latents)]
     sample, score = sample.float(), score.float()
     zero, one = (
         bare_scheduler(pipe.scheduler).step(s, time, sample)[0].double()
@@ -90,19 +109,61 @@ def _wanted_score(
     return (target.double() - zero) / slope
 
 
-def _fit(
-    old: tuple[float, ...],
-    wanted: torch.Tensor,
-    reduced: torch.Tensor | None,
-    scores: Sequence[torch.Tensor],
-) -> tuple[float, ...]:
-    """Least squares on the same scores as before, with a ridge towards the old weights."""
-    parts = ([] if reduced is None else [reduced]) + list(scores[: len(old) - 1])
-    features = torch.stack([part.double().flatten() for part in parts]).cpu().numpy()
-    start = np.array(old if reduced is not None else old[1:])
-    gram = features @ features.T
-    right = features @ wanted.flatten().cpu().numpy() - gram @ start
-    ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    weights = start + np.linalg.solve(gram + ridge, right)
-    found = tuple(round(float(w), 6) for w in weights)
-    return found if reduced is not None else (0.0, *found)
+@dataclass(frozen=True)
+class _Basis:
+    """What a step mixes, as the scheduler gets it: one row per weight, and what is added to all."""
+
+    features: torch.Tensor
+    offset: torch.Tensor | float
+    slope: float
+    jump: bool
+    samples: int
+    like: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, branches: Sequence[_Mixed], row: tuple[float, ...], score: torch.Tensor, samples: int
+    ) -> _Basis | None:
+        """Put the branches of a step together as the pipeline did; None where that is not linear.
+
+        The pipeline's map is fitted to what came of the old weights.
+        """
+        jump, form = branches[0].reduced is None, branches[0].form
+        count = len(row) - 1
+        columns = [] if jump else [[branch.reduced for branch in branches]]
+        columns += [[branch.scores[k] for branch in branches] for k in range(count)]
+        given = [branch.sample for branch in branches]
+        weights = row[1:] if jump else row
+        mixed = [
+            sum(weight * column[b] for weight, column in zip(weights, columns, strict=True))
+            for b in range(len(branches))
+        ]
+        if form is not None:
+            mixed = [form.score(x, value) for x, value in zip(given, mixed, strict=True)]
+        guide = guidance.fit(mixed, score, samples)
+        if guide.weights is None or guide.residual > guidance.LINEAR:
+            return None
+        if any(not torch.equal(some, score[:samples]) for some in score.split(samples)):
+            return None  # more rows than samples, and not copies of them
+        features = torch.stack([guide(column) for column in columns])
+        offset = -form.p / form.q * guide(given) if form else 0.0
+        return cls(features, offset, form.q if form else 1.0, jump, samples, score)
+
+    def fit(self, old: tuple[float, ...], wanted: torch.Tensor) -> tuple[float, ...]:
+        """Least squares on the same scores as before, with a ridge towards the old weights."""
+        target = (wanted[: self.samples].flatten() - self.offset) * self.slope
+        features = self.features.cpu().numpy()
+        start = np.array(old[1:] if self.jump else old)
+        gram = features @ features.T
+        ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+        right = features @ target.cpu().numpy() - gram @ start
+        weights = start + np.linalg.solve(gram + ridge, right)
+        found = tuple(round(float(w), 6) for w in weights)
+        return (0.0, *found) if self.jump else found
+
+    def score(self, row: tuple[float, ...]) -> torch.Tensor:
+        """What the scheduler gets with these weights."""
+        weights = torch.tensor(row[1:] if self.jump else row).to(self.features)
+        found = weights @ self.features / self.slope + self.offset
+        copies = len(self.like) // self.samples
+        return torch.cat([found.view(self.like[: self.samples].shape)] * copies)

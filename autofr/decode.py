@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from autofr import baselines
@@ -11,8 +11,9 @@ from autofr.baselines import Draft
 from autofr.calibration import Calibration
 from autofr.errors import BudgetError, SpaceError
 from autofr.latency import Costs
+from autofr.memory import Memory
 from autofr.mix import JUMP, KEY, Constant, Cosine, Family, HardSigmoid, Linear, Sigmoid, Step
-from autofr.planner import Rule, plan
+from autofr.planner import Plan, Rule, plan
 from autofr.space import (
     Axes,
     DirectAxes,
@@ -47,6 +48,7 @@ class Frame:
     masks: Mapping[str, tuple[str, ...]]
     calibration: Callable[[int], Calibration]
     point_seconds: Mapping[str, float]
+    memory: Memory
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,26 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
     )
     rollouts = trial.suggest_int("rollouts", *axes.rollouts)
     steps = _steps(frame, share)
-    found = plan(frame.calibration(steps), frame.costs, rule, frame.seconds)
+    found = _within_memory(frame, frame.calibration(steps), rule)
     draft = Draft(f"planned ({name}, {mix_name(mix)})", "planned", found.steps, found.mix)
     return Decoded(draft, frame.masks, found.seconds, rollouts if isinstance(mix, str) else 0)
+
+
+def _within_memory(frame: Frame, calibration: Calibration, rule: Rule) -> Plan:
+    """Plan; as long as that keeps too much, without the mask that keeps most.
+
+    Raises: BudgetError when nothing that fits into memory meets the time.
+    """
+    while True:
+        found = plan(calibration, frame.costs, rule, frame.seconds)
+        used = set(found.steps) & set(frame.masks)
+        if not used:
+            frame.memory.check(found.steps, frame.masks, found.mix)
+        if frame.memory.fits(found.steps, frame.masks, found.mix):
+            return found
+        size = {m: sum(frame.memory.points[p] for p in frame.masks[m]) for m in sorted(used)}
+        largest = max(size, key=size.__getitem__)
+        rule = replace(rule, masks=tuple(name for name in rule.masks if name != largest))
 
 
 def _uniform(axes: UniformAxes, trial: Trial, frame: Frame) -> Decoded:
@@ -167,6 +186,7 @@ def _uniform(axes: UniformAxes, trial: Trial, frame: Frame) -> Decoded:
         )
         spent = draft.seconds(frame.costs)
         if spent <= frame.seconds:
+            frame.memory.check(draft.steps, frame.masks, mix)
             return Decoded(draft, frame.masks, spent)
     raise BudgetError("no interval of FRDiff meets the budget with this λ(t)")
 
@@ -192,6 +212,7 @@ def _direct(axes: DirectAxes, trial: Trial, frame: Frame) -> Decoded:
         draft = Draft("direct", "planned", row, mix)
         spent = draft.seconds(costs)
         if spent <= frame.seconds:
+            frame.memory.check(row, masks, mix)
             return Decoded(draft, masks, spent)
     raise BudgetError("these points save too little time for the budget")
 

@@ -27,8 +27,20 @@ class PolicyError(UserError):
     """A policy file that is not valid, or not valid for this pipe."""
 
 
+class InterchangeError(UserError):
+    """A schedule of another tool that cannot be read, or a policy that it cannot express."""
+
+
+class TaskError(UserError):
+    """Inputs or call arguments that a pipe cannot draw from."""
+
+
 class SpaceError(UserError):
     """A search-space file that is not valid."""
+
+
+class HubError(UserError):
+    """A place on the Hugging Face hub that cannot be read or written."""
 
 
 class RunFolderError(UserError):

@@ -112,7 +112,7 @@ class Pulse:
         if self._call is None:
             with record(pipe, calls=True) as tape:
                 draw(pipe, seeds, 2)
-            self._call = tape.calls[0][:2]
+            self._call = tape.calls[0].given
         before = self.beat()
         began = time.perf_counter()
         samples = draw(pipe, seeds, steps)

@@ -10,7 +10,7 @@ from autofr import profile_pictures, profiling, report, sampler, verify
 from autofr.calibration import candidate_masks
 from autofr.families import discover
 from autofr.latency import seconds
-from autofr.points import Pipe, find_denoiser
+from autofr.points import Pipe, find_denoiser, name_of
 from autofr.policy import Measured, Policy
 from autofr.profiling import Profile
 from autofr.quality import Features
@@ -59,7 +59,7 @@ def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
     speedup = settings.budget.speedup_over(call)
     minutes = _calls(settings, speedup) * call / 60
     return (
-        f"model {settings.name} ({type(pipe).__name__}), {settings.steps} steps, batch"
+        f"model {settings.name} ({name_of(pipe)}), {settings.steps} steps, batch"
         f" {settings.batch}: {1000 * call:.0f} ms per call here\n"
         f"budget {settings.budget.text}: at most {1000 * call / speedup:.0f} ms per call\n"
         f"space {settings.space.name}: {settings.trials} trials, after the published rows\n"
@@ -157,5 +157,6 @@ def evaluate(
         batch=batch,
         features=features,
         on_progress=partial(on_progress, "test"),
+        predicted_bytes=there.predicted_bytes if there else None,
     )
     return measured

@@ -1,25 +1,28 @@
-"""The only code that replaces a forward: leaf hooks and one root hook.
+"""The only code that replaces a forward: leaf hooks and one root hook per denoiser.
 
-Leaf hooks sit on sub-modules and keep, put back or skip. The root hook on the denoiser decides
-what a call does; the step comes from the clock on the scheduler.
+Leaf hooks sit on sub-modules and keep, put back or skip. The root hook on a denoiser decides what
+a call does; the step comes from the clock on the scheduler.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
 from torch import nn
 
-from autofr.clock import Clock
+from autofr.clock import Clock, Listener
 from autofr.errors import PolicyError
-from autofr.points import Given, Pipe, Point, find_denoiser, first
-from autofr.store import COMPUTE, Kept, Run, mix, signature
+from autofr.held import Form, forms
+from autofr.points import Given, Pipe, Point, experts, sample_of, timestep_of
+from autofr.store import COMPUTE, Branch, Kept, Packing, Run, mix, signature, tensors_in, unpack
 
 HOOK = "autofr"
 HOLD = -1  # a jump: the denoiser is not called
@@ -28,16 +31,29 @@ MISSING = object()  # a leaf has nothing to put back: its module runs
 Row = tuple[int, tuple[float, ...]]
 """One step of a compiled policy: mask index and mix weights."""
 
-Refit = Callable[
-    [int, torch.Tensor, torch.Tensor | None, Sequence[torch.Tensor]], tuple[float, ...]
-]
-"""(step, denoiser input, reduced score or None at a jump, kept scores) -> mix weights."""
+OnMix = Callable[[int, Form | None, Any, Any, Sequence[Any]], None]
+"""(step, form, sample, reduced score or None at a jump, held scores), called before they are mixed;
+scores are in the form in which they are held."""
 
 Action = Callable[[nn.Module, Given, Kept, int], Any]
 """(module, its arguments, what is kept, how often it ran in this call) -> its output."""
 
 
-class _Leaf(ModelHook):
+class _Hook(ModelHook):
+    """A hook of a patch; whoever copies or pickles a module with one is refused."""
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: a copy would share its clock with the original.
+
+        Raises: PolicyError.
+        """
+        raise PolicyError(
+            "a pipe with a policy cannot be copied or pickled: call autofr.remove(pipe), copy it,"
+            " and apply the policy to each"
+        )
+
+
+class _Leaf(_Hook):
     """Keep, put back or skip at one module; `actions[mask]` is None where the module runs.
 
     A module that runs several times in one call of the denoiser keeps each time apart.
@@ -67,7 +83,10 @@ class _Leaf(ModelHook):
         output = self.fn_ref.original_forward(*args, **kwargs)
         for point in self.keeps:
             given = run.kept.entered.pop(point.name, (args, kwargs))
-            run.kept.tensors[_slot(point, self._time)] = point.keep(module, given, output)
+            value = point.keep(module, given, output)
+            if run.packing:
+                value = run.packing.pack(value)
+            run.kept.tensors[_slot(point, self._time)] = value
         return output
 
 
@@ -77,14 +96,14 @@ def _slot(point: Point, time: int) -> Any:
 
 def _restore(point: Point, module: nn.Module, given: Given, kept: Kept, time: int) -> Any:
     held = kept.tensors.get(_slot(point, time), MISSING)
-    return MISSING if held is MISSING else point.restore(module, given, held)
+    return MISSING if held is MISSING else point.restore(module, given, unpack(held))
 
 
 def _skip(skip: Callable[..., Any], module: nn.Module, given: Given, kept: Kept, time: int) -> Any:
     return skip(module, given)
 
 
-class _Direct(ModelHook):
+class _Direct(_Hook):
     """The root hook of a patch without a plan: the caller has set the mode of the call."""
 
     def __init__(self, patch: Patch) -> None:
@@ -97,71 +116,99 @@ class _Direct(ModelHook):
         return self.patch.prepared(run.mask, (args, kwargs))
 
 
-class _Root(ModelHook):
-    """Decide per call: compute everything, run reduced, or hold; then mix."""
+class _Root(_Hook):
+    """Decide per call of one denoiser: compute everything, run reduced, or hold; then mix."""
 
-    def __init__(
-        self, pipe: Pipe, run: Run, clock: Clock, patch: Patch, plan: Sequence[Row], order: int
-    ) -> None:
+    _is_stateful = True  # so that pipelines tell it the name of the guidance branch
+
+    def __init__(self, patch: Patch, clock: Clock, plan: Sequence[Row], order: int) -> None:
         super().__init__()
-        self.pipe, self.run, self.clock, self.patch = pipe, run, clock, patch
+        self.patch, self.run, self.clock = patch, patch.run, clock
         self.plan, self.order, self.counts = plan, order, patch.counts
-        self.refit: Refit | None = None
+        self.contexts = StateManager(object)
 
+    def reset_state(self, module: nn.Module) -> None:
+        """A pipeline that ends its caches ends the run."""
+        self.clock.stop()
+
+    @torch.compiler.disable(recursive=False)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        step = self.clock.step
-        if step is None:
-            if self.pipe.scheduler is not self.clock.scheduler:
-                raise PolicyError("the pipe's scheduler was replaced: call autofr.apply again")
+        if self.clock.step is None:
+            self.patch.check_scheduler()
             return self.fn_ref.original_forward(*args, **kwargs)
-        branch = self.clock.branch
-        self.clock.branch = branch + 1
+        given = args, kwargs
+        order, step = self.clock.count_call(timestep_of(given))
         self.run.call += 1
         try:
-            return self._call(step, branch, (args, kwargs))
+            return self._call(step, self._branch(module, order, given), given)
         except BaseException:
             self.clock.stop()
             raise
 
-    def _call(self, step: int, branch: int, given: Given) -> Any:
-        run = self.run
-        kept = run.branches.get(branch)
-        if kept is None:
-            kept = run.branches[branch] = Kept()
-        run.kept = kept
+    def _branch(self, module: nn.Module, order: int, given: Given) -> Branch:
+        """Which guidance branch a call belongs to.
+
+        Its name where the pipeline says one, else its place among the calls of the step; but where
+        arguments are the very tensors of one branch's keyframe alone, it is that branch: pipelines
+        that stop guiding leave the first call out.
+        """
+        context = self.contexts._context
+        if context is not None:
+            return id(module), context.name
+        branches = {key: kept for key, kept in self.run.branches.items() if key[0] == id(module)}
+        if len(branches) > 1:
+            tensors = list(tensors_in(given))
+            known = {key: kept.knows(tensors) for key, kept in branches.items()}
+            shared = set.intersection(*known.values())
+            own = [key for key, found in known.items() if found - shared]
+            if len(own) == 1:
+                return own[0]
+        return id(module), order
+
+    def _call(self, step: int, branch: Branch, given: Given) -> Any:
+        run, kept = self.run, self.run.select(branch)
         mask, weights = self.plan[step]
         now = signature(given)
         if mask == COMPUTE or kept.signature != now or len(kept.scores) < len(weights) - 1:
             return self._compute(kept, step, now, given)
         if mask == HOLD:
             self.counts["jump"] += 1
-            if self.refit:
-                weights = self.refit(step, first(given), None, kept.scores)
-            return self._wrap(kept, mix(None, kept.scores, weights))
+            return self._wrap(kept, self._mixed(step, given, None, weights))
         self.counts["mask"] += 1
         args, kwargs = self.patch.prepared(mask, given)
         run.mask = mask
         output = self.fn_ref.original_forward(*args, **kwargs)
         run.mask = COMPUTE
-        if self.refit:
-            weights = self.refit(step, first(given), output[0], kept.scores)
-        if len(weights) == 1 and weights[0] == 1:
+        if len(weights) == 1 and weights[0] == 1 and not self.patch.on_mix:
             return output
-        return self._wrap(kept, mix(output[0], kept.scores, weights))
+        return self._wrap(kept, self._mixed(step, given, output[0], weights))
+
+    def _mixed(self, step: int, given: Given, reduced: Any, weights: tuple[float, ...]) -> Any:
+        form, scores = self.patch.form, self.run.kept.scores
+        sample = sample_of(given)
+        if form is not None and reduced is not None:
+            reduced = form.noise(sample, reduced)
+        if self.patch.on_mix:
+            self.patch.on_mix(step, form, sample, reduced, scores)
+        mixed = mix(reduced, scores, weights)
+        return mixed if form is None else form.score(sample, mixed)
 
     def _compute(self, kept: Kept, step: int, now: tuple[Any, ...], given: Given) -> Any:
         self.counts["key"] += 1
         if kept.signature != now:
             kept.forget()
             kept.signature = now
+        kept.anchors = [weakref.ref(tensor) for tensor in tensors_in(given)]
         args, kwargs = given
         self.run.mask, self.run.keep = COMPUTE, True
         output = self.fn_ref.original_forward(*args, **kwargs)
         self.run.keep = False
         kept.output_class = type(output)
+        form = self.patch.form
+        held = output[0] if form is None else form.noise(sample_of(given), output[0])
         # A second stage of the same solver step replaces the first one's score.
         older = kept.scores[1:] if kept.step == step else kept.scores
-        kept.scores = [output[0], *older][: self.order]
+        kept.scores = [held, *older][: self.order]
         kept.step = step
         return output
 
@@ -169,11 +216,13 @@ class _Root(ModelHook):
         return (score,) if kept.output_class is tuple else kept.output_class(sample=score)
 
 
-class Patch:
+class Patch(Listener):
     """Hooks on one pipe. `masks` are lists of points; mask 0 is the empty one.
 
     With a `plan` (one row per solver step) the root hook follows the scheduler; without one the
     caller sets the mode of direct denoiser calls by `keyframe()` and `reduced(mask)`.
+    `replaces` is the step count that a call may ask for instead of the plan's; `packing` says how
+    kept tensors are stored.
     """
 
     def __init__(
@@ -183,52 +232,70 @@ class Patch:
         plan: Sequence[Row] | None = None,
         replaces: int | None = None,
         order: int = 1,
+        packing: Packing | None = None,
     ) -> None:
-        self.denoiser = find_denoiser(pipe)
+        self.pipe, self.experts = pipe, experts(pipe)
         self.masks, self.plan = masks, plan
-        self.run, self.counts = Run(), Counter[str]()
+        self.run, self.counts = Run(packing), Counter[str]()
+        self.on_mix: OnMix | None = None
+        self._forms: list[Form] | None = None
         self._prepares = [
             [point.prepare for point in mask if point.prepare] for mask in ((), *masks)
         ]
-        self._installed: list[nn.Module] = []
-        self._root: _Root | None = None
+        self._order = order
+        self._hooks: list[tuple[nn.Module, nn.Module, str, ModelHook]] = []
+        self._bar = False
         self.clock: Clock | None = None
         if plan is not None:
             same = replaces is None or replaces == len(plan)
             self.clock = Clock(
                 pipe.scheduler,
-                self._start,
-                self._stop,
+                self,
                 substitute=None if same else (replaces, len(plan)),  # type: ignore[arg-type]
             )
-            self._root = _Root(pipe, self.run, self.clock, self, plan, order)
 
-    def refit_mix(self, refit: Refit | None) -> None:
-        """Ask `refit` for the weights of every reduced or held step, instead of the plan."""
-        if self._root is not None:
-            self._root.refit = refit
+    @property
+    def form(self) -> Form | None:
+        """How scores are held at this pass of the loop."""
+        return self._forms[self.clock.index] if self._forms and self.clock else None
+
+    def check_scheduler(self) -> None:
+        """Refuse to run past a scheduler that the clock does not follow.
+
+        Raises: PolicyError.
+        """
+        if self.clock and self.pipe.scheduler is not self.clock.scheduler:
+            raise PolicyError("the pipe's scheduler was replaced: call autofr.apply again")
 
     def install(self) -> Patch:
         """Put the hooks on; returns itself."""
-        for path, leaf in self._leaves().items():
-            self._register(self.denoiser.get_submodule(path), leaf)
-        self._register(self.denoiser, self._root or _Direct(self))
+        for denoiser in self.experts:
+            for path, leaf in self._leaves().items():
+                self._register(denoiser, path, leaf)
+            root: ModelHook = _Direct(self)
+            if self.clock is not None and self.plan is not None:
+                root = _Root(self, self.clock, self.plan, self._order)
+            self._register(denoiser, "", root)
         if self.clock is not None:
             self.clock.install()
+            self._bar = _watch_bar(self.pipe, self.clock)
         return self
 
     def remove(self) -> None:
         """Take the hooks off and free what they kept."""
         if self.clock is not None:
             self.clock.remove()
-        for module in reversed(self._installed):
+            if self._bar:
+                delattr(self.pipe, BAR)
+        for _, module, _, _ in reversed(self._hooks):
             _unregister(module)
-        self._installed.clear()
+        self._hooks.clear()
         self.run.clear()
 
     @contextmanager
-    def keyframe(self) -> Iterator[None]:
-        """Direct denoiser calls inside compute everything and keep."""
+    def keyframe(self, branch: Branch = (0, 0)) -> Iterator[None]:
+        """Direct denoiser calls inside compute everything and keep, for a guidance branch."""
+        self.run.select(branch)
         self.run.keep = True
         try:
             yield
@@ -236,8 +303,9 @@ class Patch:
             self.run.keep = False
 
     @contextmanager
-    def reduced(self, mask: int) -> Iterator[None]:
+    def reduced(self, mask: int, branch: Branch = (0, 0)) -> Iterator[None]:
         """Direct denoiser calls inside reuse the points of `masks[mask - 1]`."""
+        self.run.select(branch)
         self.run.mask = mask
         try:
             yield
@@ -270,23 +338,74 @@ class Patch:
                     leaf(path).actions[index] = functools.partial(_skip, skip)
         return leaves
 
-    def _register(self, module: nn.Module, hook: ModelHook) -> None:
+    def _register(self, denoiser: nn.Module, path: str, hook: ModelHook) -> None:
+        module = denoiser.get_submodule(path)
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-        self._installed.append(module)
+        self._hooks.append((denoiser, module, path, hook))
 
-    def _start(self, steps: int) -> None:
+    def _follow_replaced(self) -> None:
+        """Move hooks to modules that took a hooked one's place (LoRA wraps some)."""
+        for index, (denoiser, module, path, hook) in enumerate(self._hooks):
+            now = denoiser.get_submodule(path)
+            if now is not module:
+                _unregister(module)
+                HookRegistry.check_if_exists_or_initialize(now).register_hook(hook, HOOK)
+                self._hooks[index] = denoiser, now, path, hook
+
+    def started(self, steps: int) -> None:
+        """A run begins: check its length, and start from nothing.
+
+        Raises: PolicyError on another step count than the plan's.
+        """
         assert self.plan is not None
         if steps != len(self.plan):
             raise PolicyError(
                 f"this policy has {len(self.plan)} steps, the call asked for {steps}: call the"
-                f" pipe with num_inference_steps={len(self.plan)}, or search again with"
-                f" --steps {steps}"
+                f" pipe with num_inference_steps={len(self.plan)}, retime the policy"
+                f" (policy.retime({steps})), or search again with --steps {steps}"
             )
         self.counts.clear()
+        self._forms = forms(self.pipe.scheduler)
+        self._follow_replaced()
 
-    def _stop(self) -> None:
+    def stopped(self) -> None:
+        """A run is over: free what it kept."""
         self.run.peak_bytes = max(self.run.peak_bytes, self.run.kept_bytes)
         self.run.clear()
+
+
+BAR = "progress_bar"
+
+
+class _Bar:
+    """A pipeline's progress bar that ends the run with the loop, also when the loop raises."""
+
+    def __init__(self, bar: Any, stop: Callable[[], None]) -> None:
+        self._bar, self._stop = bar, stop
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._stop()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._bar
+        finally:
+            self._stop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+
+def _watch_bar(pipe: Any, clock: Clock) -> bool:
+    """End the run where the pipe's sampling loop ends, however it ends; False without a bar."""
+    original = getattr(pipe, BAR, None)
+    if original is not None:
+        setattr(pipe, BAR, lambda *args, **kwargs: _Bar(original(*args, **kwargs), clock.stop))
+    return original is not None
 
 
 def _unregister(module: nn.Module) -> None:

@@ -57,6 +57,21 @@ def first(given: Given) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def sample_of(given: Given) -> Any:
+    """The noisy sample among a denoiser's arguments."""
+    kwargs = given[1]
+    for name in ("sample", "hidden_states", "x"):
+        if name in kwargs:
+            return kwargs[name]
+    return first(given)
+
+
+def timestep_of(given: Given) -> Any:
+    """The timestep among a denoiser's arguments, or None."""
+    args, kwargs = given
+    return kwargs.get("timestep", args[1] if len(args) > 1 else None)
+
+
 class Pipe(Protocol):
     """What the core needs of a diffusers pipeline: components and a call."""
 
@@ -65,20 +80,34 @@ class Pipe(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def find_denoiser(pipe: Pipe) -> nn.Module:
-    """Return the pipe's U-Net or transformer.
+def name_of(pipe: Pipe) -> str:
+    """The pipeline's class, also behind a `Task`."""
+    return type(getattr(pipe, "_pipe", pipe)).__name__
 
+
+def find_denoiser(pipe: Pipe) -> nn.Module:
+    """Return the pipe's U-Net or transformer; of two experts, the one that begins.
+
+    A module wrapped by `torch.compile` is looked through.
     Raises: ModelError when it has neither, or no scheduler.
     """
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
             if getattr(pipe, "scheduler", None) is None:
-                raise ModelError(f"{type(pipe).__name__} has no scheduler; autofr needs one")
-            return module
+                raise ModelError(f"{name_of(pipe)} has no scheduler; autofr needs one")
+            return getattr(module, "_orig_mod", module)
     raise ModelError(
-        f"{type(pipe).__name__} has no denoiser: expected a component `unet` or `transformer`"
+        f"{name_of(pipe)} has no denoiser: expected a component `unet` or `transformer`"
     )
+
+
+def experts(pipe: Pipe) -> list[nn.Module]:
+    """Return the denoiser, and a second one of its class that takes over during a run (Wan 2.2)."""
+    denoiser = find_denoiser(pipe)
+    second = getattr(pipe, "transformer_2", None)
+    second = getattr(second, "_orig_mod", second)
+    return [denoiser, second] if type(second) is type(denoiser) else [denoiser]
 
 
 def fingerprint(denoiser: nn.Module, points: Iterable[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +16,11 @@ from autofr.mix import JUMP, KEY, Constant, Finite, Mix, Positive, Table, Value,
 
 VERSION = 1
 MAX_BYTES = 16 * 2**20
+MAX_STEPS = 10_000
+
+
+Guidance = Literal["none", "batched", "split"]
+"""One branch; several in one call of the denoiser; or a call for each."""
 
 
 class Model(Value):
@@ -34,12 +41,22 @@ class Sampler(Value):
 
     scheduler: str
     config: dict[str, str | int | Finite | bool | None]
-    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)]
-    replaces: Annotated[int, Field(ge=1, le=10_000)]
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    replaces: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     prediction_type: str
-    guidance: Literal["none", "batched", "split"] = "none"
+    guidance: Guidance = "none"
     latent_shape: tuple[int, ...]
     dtype: str
+
+
+class Keep(Value):
+    """How kept tensors are stored: in another dtype, on the host, or (by default) as they are."""
+
+    dtype: Literal["float16", "bfloat16"] | None = None
+    host: bool = False
+
+
+AS_IS = Keep()
 
 
 class Interval(Value):
@@ -62,7 +79,8 @@ class Fid(Value):
 class Measured(Value):
     """What was measured when the policy was chosen, with the protocol.
 
-    `fid` is None where the model has no feature extractor.
+    `fid` is None where the model has no feature extractor; `kept_bytes` is the most that was kept
+    between two steps.
     """
 
     speedup: Interval
@@ -82,6 +100,7 @@ class Measured(Value):
     low_frequency_error: Finite
     high_frequency_error: Finite
     kept_bytes: Annotated[int, Field(ge=0)]
+    predicted_bytes: Annotated[int, Field(ge=0)] | None = None
 
 
 class Provenance(Value):
@@ -108,6 +127,7 @@ class Policy(Value):
     masks: dict[str, tuple[str, ...]]
     steps: tuple[str, ...]
     mix: Mix = Constant()
+    keep: Keep = Keep()
     measured: Measured | None = None
     provenance: Provenance | None = None
 
@@ -174,7 +194,41 @@ class Policy(Value):
             "steps": [sorted(used[s]) if s in used else s for s in self.steps],
             "weights": [[round(w, 6) for w in self.weights(i)] for i in range(len(self.steps))],
         }
+        if self.keep != Keep():
+            behaviour["keep"] = self.keep.model_dump(mode="json")
         return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()[:16]
+
+    def retime(self, steps: int) -> Policy:
+        """Return the same policy for calls of another step count; it is not measured there.
+
+        Keyframes are as many steps apart as they were at the same place of the trajectory (r =
+        step / steps, as in λ(t)): their share stays, to within one step, and with it the speed-up.
+        Each interval between keyframes copies the old one in which its keyframe falls, step for
+        step by the place in it, with the fitted weights: these extrapolate over the distance of
+        keyframes, so that they do not depend on how long a step is. A weight of a keyframe that is
+        not there yet goes to the oldest that is. λ(t) is a function of r and stays as it is.
+        A call for `steps` gets a policy that is longer or shorter than that by the same factor as
+        now. Retiming to the present count changes nothing but `measured` and `provenance`.
+        Raises: PolicyError for a step count that no policy can have.
+        """
+        count = _nearest(steps * len(self.steps), self.sampler.replaces)
+        if not 1 <= steps <= MAX_STEPS or not 1 <= count <= MAX_STEPS:
+            raise PolicyError(
+                f"cannot retime to {steps} steps: expected 1 to {MAX_STEPS}, for the call and for"
+                f" the policy, which takes {len(self.steps)} for a call of {self.sampler.replaces}"
+            )
+        sources = _sources(self.keyframes, len(self.steps), count)
+        changes: dict[str, Any] = {
+            "sampler": Sampler(
+                **dict(self.sampler) | {"num_inference_steps": count, "replaces": steps}
+            ),
+            "steps": tuple(self.steps[source] for source in sources),
+            "measured": None,
+            "provenance": None,
+        }
+        if isinstance(self.mix, Table):
+            changes["mix"] = Table(weights=_rows(self.mix.weights, sources))
+        return Policy(**dict(self) | changes)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, atomically."""
@@ -182,6 +236,54 @@ class Policy(Value):
         part = path.with_name(path.name + ".part")
         part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         part.replace(path)
+
+
+# -- another step count ---------------------------------------------------------------------------
+
+
+def _nearest(number: int, divisor: int) -> int:
+    """The integer nearest to a fraction, halves upwards."""
+    return (2 * number + divisor) // (2 * divisor)
+
+
+def _stretch(keys: Sequence[int], old: int, new: int) -> list[int]:
+    """Keyframes among `new` steps, as far apart as those among `old` are at the same place."""
+    ends = [*keys, old]
+    found = []
+    for index in range(-(-len(keys) * new // old)):
+        interval, rest = divmod(index * old, new)
+        place = ends[interval] * new + (ends[interval + 1] - ends[interval]) * rest
+        if (key := _nearest(place, old)) < new:
+            found.append(key)
+    return found
+
+
+def _sources(keys: Sequence[int], old: int, new: int) -> list[int]:
+    """Which of `old` steps each of `new` steps copies, keyframes from keyframes."""
+    lengths = [end - key for key, end in pairwise([*keys, old])]
+    reduced = [interval for interval, length in enumerate(lengths) if length > 1]
+    found = []
+    for index, (key, end) in enumerate(pairwise([*_stretch(keys, old, new), new])):
+        interval = index * old // new
+        found.append(keys[interval])
+        if end - key > 1 and lengths[interval] == 1:  # nothing to copy there: the nearest that has
+            interval = min(reduced, key=lambda one: abs(one - interval))
+        for gap in range(1, end - key):
+            like = _nearest(gap * lengths[interval], end - key)
+            found.append(keys[interval] + min(max(1, like), lengths[interval] - 1))
+    return found
+
+
+def _rows(weights: Sequence[tuple[float, ...]], sources: Sequence[int]) -> tuple[Any, ...]:
+    """Rows of a table for the steps that copy `sources`, cut to the keyframes so far."""
+    keys, rows = 0, []
+    for row in (weights[source] for source in sources):
+        keys += not row  # only a keyframe's is empty
+        rows.append(row if len(row) <= keys + 1 else (*row[:keys], sum(row[keys:])))
+    return tuple(rows)
+
+
+# -- the file -------------------------------------------------------------------------------------
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
 from autofr.canvas import INK, SHADES, picture, plain_numbers
+from autofr.memory import size
 from autofr.mix import JUMP, KEY
 from autofr.profiling import Profile
-from autofr.wording import count, duration, size
+from autofr.wording import count, duration
 
 MOST_LABELS = 130  # points with a label each in one picture
 PALE = "#C9D6DF"

@@ -16,9 +16,11 @@ from torch import nn
 from autofr.errors import damaged
 from autofr.families import discover
 from autofr.latency import Costs, measure_costs, synchronize
+from autofr.memory import Memory
 from autofr.mix import JUMP, KEY
 from autofr.patch import HOLD, Patch
-from autofr.points import Pipe, Point, find_denoiser, fingerprint
+from autofr.points import SCORE, Given, Pipe, Point, find_denoiser, fingerprint
+from autofr.policy import AS_IS, Keep
 from autofr.recording import record
 from autofr.sampler import draw
 from autofr.similarity import OnProgress, Similarity, measure_similarity
@@ -30,7 +32,9 @@ class _Value(BaseModel):
 
 
 class PointProfile(_Value):
-    """One point: bytes kept (per call), seconds of its module and of the part that reuse skips."""
+    """One point: bytes kept (by all guidance branches at this batch), seconds of its module and of
+    the part that reuse skips, per call of the denoiser.
+    """
 
     name: str
     kind: str
@@ -59,12 +63,19 @@ class Profile(_Value):
     masks: dict[str, tuple[str, ...]]
     mask_bytes: dict[str, int]
     points: list[PointProfile]
+    score_bytes: int = 0
     similarity: dict[str, Similarity]
 
     @property
     def costs(self) -> Costs:
         """Seconds of the parts of a call."""
         return Costs(self.key_seconds, self.jump_seconds, self.fixed_seconds, self.mask_seconds)
+
+    def memory(self, keep: Keep = AS_IS, limit: int | None = None) -> Memory:
+        """What policies would keep, if stored so."""
+        points = {point.name: point.bytes for point in self.points}
+        width = getattr(torch, self.dtype).itemsize
+        return Memory(points, self.score_bytes, width, keep, limit)
 
     def save(self, path: Path) -> None:
         """Write the JSON file, atomically."""
@@ -114,12 +125,12 @@ def profile(
     denoiser = find_denoiser(pipe)
     points = discover(denoiser)
     similarity, kept = measure_similarity(pipe, points, steps, seeds, max_gap, on_progress)
-    call = _first_call(pipe, steps, batch)
-    whole, skippable = _point_seconds(pipe, points, call)
-    costs = costs_of(pipe, points, masks, steps, batch, call, on_progress)
+    calls = _first_calls(pipe, steps, batch)
+    whole, skippable = _point_seconds(pipe, points, calls[0])
+    costs = costs_of(pipe, points, masks, steps, batch, calls, on_progress)
     for name, seconds in _stage_seconds(points, masks, costs).items():
         whole[name] = skippable[name] = seconds
-    scale = batch / len(seeds)
+    scale = len(calls) * batch / len(seeds)
     return Profile(
         denoiser=type(denoiser).__name__,
         fingerprint=fingerprint(denoiser, points),
@@ -146,6 +157,7 @@ def profile(
             )
             for name, point in points.items()
         ],
+        score_bytes=round(kept[SCORE] * scale),
         similarity=similarity,
     )
 
@@ -165,12 +177,12 @@ def load(path: Path) -> Profile:
 
 
 @torch.inference_mode()
-def _first_call(pipe: Pipe, steps: int, batch: int) -> tuple[tuple, dict]:  # type: ignore[type-arg]
-    """Arguments of a denoiser call from the middle of a run."""
+def _first_calls(pipe: Pipe, steps: int, batch: int) -> list[Given]:
+    """Arguments of the denoiser calls of a pass in the middle of a run: one per guidance branch."""
     with record(pipe, calls=True) as tape:
         draw(pipe, range(batch), min(steps, 3))
-    args, kwargs, _ = tape.calls[len(tape.calls) // 2]
-    return args, kwargs
+    middle = tape.calls[len(tape.calls) // 2].at
+    return [call.given for call in tape.calls if call.at == middle]
 
 
 @contextmanager
@@ -203,7 +215,7 @@ def _stopwatches(
 def _point_seconds(
     pipe: Pipe,
     points: Mapping[str, Point],
-    call: tuple[tuple, dict],  # type: ignore[type-arg]
+    call: Given,
     rounds: int = 10,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds of each point's module, and of the part that reuse skips."""
@@ -243,12 +255,12 @@ def costs_of(
     masks: Mapping[str, Sequence[str]],
     steps: int,
     batch: int,
-    call: tuple[tuple, dict] | None = None,  # type: ignore[type-arg]
+    calls: Sequence[Given] = (),
     on_progress: OnProgress | None = None,
 ) -> Costs:
     """Measure the parts of a pipe call at this batch, with every mask."""
     denoiser = find_denoiser(pipe)
-    args, kwargs = call or _first_call(pipe, steps, batch)
+    args, kwargs = (calls or _first_calls(pipe, steps, batch))[0]
     seeds = range(batch)
     index = {name: i for i, name in enumerate(masks, start=1)}
     patch = Patch(pipe, [[points[p] for p in mask] for mask in masks.values()])

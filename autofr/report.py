@@ -9,12 +9,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from autofr.errors import RunFolderError
+from autofr.memory import size
 from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, samples
-from autofr.policy import Fid
+from autofr.policy import Fid, Measured
 from autofr.profile_pictures import profile_pictures
 from autofr.profiling import Profile
 from autofr.result import Result
-from autofr.wording import count, duration, exact, percent, size, speedup_of, times, wanted_speedup
+from autofr.wording import count, duration, exact, percent, speedup_of, times, wanted_speedup
 
 
 def headline(result: Result) -> str:
@@ -167,8 +168,13 @@ def _final(result: Result) -> list[list[str]]:
         ["PSNR to the teacher's images", f"{measured.psnr:.1f} dB"],
         ["error at low frequencies", percent(exact(measured.low_frequency_error))],
         ["error at high frequencies", percent(exact(measured.high_frequency_error))],
-        ["memory kept between steps", size(measured.kept_bytes)],
+        ["memory kept between steps", size(measured.kept_bytes) + _predicted(measured)],
     ]
+
+
+def _predicted(measured: Measured) -> str:
+    there = measured.predicted_bytes
+    return "" if there is None else f"; predicted {size(there)}"
 
 
 def _protocol(result: Result) -> list[list[str]]:

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from autofr import policy as policy_file
+from autofr import hub
 from autofr.errors import ModelError, PolicyError
 from autofr.families import discover
 from autofr.mix import JUMP, KEY, Mix, executed
 from autofr.patch import HOLD, Patch, Row
 from autofr.points import Pipe, Point, find_denoiser, fingerprint, weights_hash
-from autofr.policy import Model, Policy, Sampler
+from autofr.policy import AS_IS, Guidance, Keep, Model, Policy, Sampler
 from autofr.recording import record
-from autofr.store import COMPUTE
+from autofr.store import COMPUTE, Packing
 
 _ATTRIBUTE = "_autofr_patch"
 _CONFIG_FIELDS = (
@@ -34,18 +34,22 @@ _CONFIG_FIELDS = (
 def apply(pipe: Pipe, policy: Policy | str | Path) -> Patch:
     """Make every later `pipe(...)` call follow the policy; applying again replaces it.
 
-    Args: pipe, a diffusers pipeline; policy, a Policy or the path of its JSON file.
+    Args: pipe, a diffusers pipeline; policy, a Policy, the path of its JSON file, or its reference
+        on the hub (`hub:owner/name@revision`).
     Returns: the installed Patch (its `counts` say what the last run computed).
     Raises: PolicyError when the policy is not valid or was made for another denoiser, point set
-        or scheduler; a call with another step count raises it too.
+        or scheduler; a call with another step count raises it too. HubError when the hub does not
+        give it.
     """
     if not isinstance(policy, Policy):
-        policy = policy_file.load(policy)
+        policy = hub.read(policy)
     points = check(pipe, policy)
     remove(pipe)
     masks, plan = compile_plan(policy, points)
     order = max([1, *(len(weights) - 1 for _, weights in plan)])
-    patch = Patch(pipe, masks, plan, replaces=policy.sampler.replaces, order=order).install()
+    keep = policy.keep
+    packing = Packing(dtype=getattr(torch, keep.dtype) if keep.dtype else None, host=keep.host)
+    patch = Patch(pipe, masks, plan, policy.sampler.replaces, order, packing).install()
     setattr(find_denoiser(pipe), _ATTRIBUTE, patch)
     return patch
 
@@ -126,7 +130,13 @@ def scheduler_config(pipe: Pipe) -> dict[str, Any]:
     return {name: config[name] for name in _CONFIG_FIELDS if name in config}
 
 
-def describe(pipe: Pipe, steps: int, replaces: int, latent_shape: tuple[int, ...]) -> Sampler:
+def describe(
+    pipe: Pipe,
+    steps: int,
+    replaces: int,
+    latent_shape: tuple[int, ...],
+    guidance: Guidance = "none",
+) -> Sampler:
     """Describe how this pipe samples, for a policy's `sampler` field."""
     return Sampler(
         scheduler=type(pipe.scheduler).__name__,
@@ -134,6 +144,7 @@ def describe(pipe: Pipe, steps: int, replaces: int, latent_shape: tuple[int, ...
         num_inference_steps=steps,
         replaces=replaces,
         prediction_type=str(pipe.scheduler.config.get("prediction_type", "epsilon")),
+        guidance=guidance,
         latent_shape=latent_shape,
         dtype=str(find_denoiser(pipe).dtype).removeprefix("torch."),
     )
@@ -148,8 +159,13 @@ def compose(
     *,
     replaces: int,
     latent_shape: tuple[int, ...],
+    guidance: Guidance = "none",
+    keep: Keep = AS_IS,
 ) -> Policy:
-    """Write a policy for this pipe as it is now; masks that no step uses are left out."""
+    """Write a policy for this pipe as it is now; masks that no step uses are left out.
+
+    `latent_shape` is that of one sample.
+    """
     denoiser = find_denoiser(pipe)
     return Policy(
         model=Model(
@@ -158,10 +174,11 @@ def compose(
             fingerprint=fingerprint(denoiser, discover(denoiser)),
             weights=weights_hash(denoiser),
         ),
-        sampler=describe(pipe, len(steps), replaces, latent_shape),
+        sampler=describe(pipe, len(steps), replaces, latent_shape, guidance),
         masks={name: tuple(points) for name, points in masks.items() if name in steps},
         steps=tuple(steps),
         mix=mix,
+        keep=keep,
     )
 
 
@@ -182,13 +199,14 @@ class Samples:
 def draw(pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
     """Call the pipe once, one generator per seed, and return images and final latents.
 
-    A sample depends on its own seed alone, not on the batch it is drawn in.
-    Raises: ModelError for a pipe that wants more than a batch size (prompts, images).
+    A sample depends on its own seed alone, not on the batch it is drawn in. Pipes that draw from
+    prompts, labels or images are called through a `Task`.
+    Raises: ModelError for a pipe that wants more than a batch size.
     """
     if "batch_size" not in inspect.signature(pipe.__call__).parameters:
         raise ModelError(
-            f"{type(pipe).__name__} draws from prompts or images; profiling, searching and sampling"
-            " them is not there yet (autofr.apply and autofr.remove work)"
+            f"{type(pipe).__name__} draws from prompts, labels or images: wrap it, as in"
+            " autofr.Task(pipe, [{'prompt': 'a cat'}, ...])"
         )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with record(pipe) as tape, torch.inference_mode():
@@ -199,4 +217,5 @@ def draw(pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
             output_type="np",
         ).images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
-    return Samples(pixels, tape.latents[-1].float().cpu())
+    # Some pipelines carry the latents of both guidance branches along; the first half is drawn.
+    return Samples(pixels, tape.latents[-1][: len(seeds)].float().cpu())

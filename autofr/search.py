@@ -6,11 +6,10 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autofr import baselines, correction
+from autofr import baselines, correction, guidance
 from autofr.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
 from autofr.compare import conclude, policy_row, solver_row
 from autofr.decode import Decoded, Frame, decode, fastest_seconds, guesses
@@ -19,12 +18,12 @@ from autofr.evaluate import Candidate, Evaluator, Score, other_solvers
 from autofr.families import discover
 from autofr.planner import out_of_reach
 from autofr.points import Pipe, find_denoiser
-from autofr.policy import Measured, Policy, Provenance
+from autofr.policy import Guidance, Measured, Policy, Provenance
 from autofr.profiling import Profile, profile
 from autofr.profiling import load as load_profile
 from autofr.quality import Features
 from autofr.result import Result, Row
-from autofr.sampler import Samples, compose, draw
+from autofr.sampler import Samples, compose
 from autofr.space import largest_gap
 from autofr.study import STATE, Ledger, Record, Settings, dump, fixed
 from autofr.verify import Verdict, finalists, test, within_budget
@@ -60,6 +59,7 @@ class Search:
         self._tables: dict[int, Calibration] = {}
         self._path: correction.Trajectory | None = None
         self._latent_shape: tuple[int, ...] = ()
+        self._guidance: Guidance = "none"
         self._scores: dict[str, Score] = {}  # of the finalists, by digest
 
     def run(self) -> Outcome:
@@ -121,6 +121,7 @@ class Search:
             masks=worth_calibrating(self._profile.masks, self._costs),
             calibration=self._calibration,
             point_seconds={p.name: p.skippable_seconds for p in self._profile.points},
+            memory=self._profile.memory(self.settings.keep, self.settings.max_memory),
         )
 
     def _calibration(self, steps: int) -> Calibration:
@@ -133,16 +134,14 @@ class Search:
             return self._tables[steps]
         self._tables[steps] = calibrate(
             self.pipe,
-            lambda: self._draw_calibration(steps),
+            self.settings.seeds("calibration"),
+            steps,
             self._frame.masks,
             max_gap=largest_gap(self.settings.space),
             on_step=lambda done, total: self.on_progress("calibrate", done, total),
         )
         self._tables[steps].save(path)
         return self._tables[steps]
-
-    def _draw_calibration(self, steps: int) -> Samples:
-        return draw(self.pipe, self.settings.seeds("calibration"), steps)
 
     def _new_evaluator(self) -> Evaluator:
         found = Evaluator(
@@ -155,6 +154,7 @@ class Search:
             on_progress=lambda done, total: self.on_progress("teacher", done, total),
         )
         self._latent_shape = tuple(found.teacher.latents.shape[1:])
+        self._guidance = guidance.of(self.pipe)
         return found
 
     def candidate(self, decoded: Decoded) -> Candidate:
@@ -168,12 +168,14 @@ class Search:
             draft.mix,
             replaces=self.settings.steps,
             latent_shape=self._latent_shape,
+            guidance=self._guidance,
+            keep=self.settings.keep,
         )
         steps = len(draft.steps)
         if decoded.rollouts and steps == self.settings.steps:
-            run = partial(self._draw_calibration, steps)
-            self._path = self._path or correction.trajectory(self.pipe, run)
-            policy = correction.correct(self.pipe, policy, self._path, run, decoded.rollouts)
+            seeds = self.settings.seeds("calibration")
+            self._path = self._path or correction.trajectory(self.pipe, seeds, steps)
+            policy = correction.correct(self.pipe, policy, self._path, decoded.rollouts)
         return Candidate(draft.name, draft.group, policy, decoded.seconds)
 
     def _published(self) -> dict[str, Decoded]:
@@ -208,7 +210,9 @@ class Search:
         self, ledger: Ledger, trial: Any, found: Candidate, scored: dict[str, Record]
     ) -> None:
         """Score one trial by rollouts; a policy that was scored before is not run again."""
-        digest = found.policy.digest
+        policy = found.policy
+        self._frame.memory.check(policy.steps, policy.masks, policy.mix)
+        digest = policy.digest
         notes: dict[str, Any] = {"label": found.name, "digest": digest}
         if twin := scored.get(digest):
             ledger.tell(trial, twin.value, notes | {"duplicate_of": twin.number})
@@ -297,9 +301,10 @@ class Search:
         return front
 
     def _test(self, verdict: Verdict) -> tuple[Measured, tuple[Samples, Samples]]:
+        policy = verdict.found.policy
         return test(
             self.pipe,
-            verdict.found.policy,
+            policy,
             verdict.timing,
             self._costs.teacher(self.settings.steps) / verdict.found.seconds,
             seeds=self.settings.seeds("test"),
@@ -307,6 +312,7 @@ class Search:
             batch=self.settings.batch,
             features=self.features,
             on_progress=lambda done, total: self.on_progress("test", done, total),
+            predicted_bytes=self._frame.memory.of(policy.steps, policy.masks, policy.mix),
         )
 
     def _provenance(self, trials: int) -> Provenance:

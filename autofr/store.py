@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +12,66 @@ import torch
 from autofr.points import Given
 
 COMPUTE = 0  # index of the empty mask: a keyframe
+Branch = tuple[int, int | str]
+"""Which denoiser of the pipe, and which guidance branch: its place in the step or its name."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How kept tensors are stored: in another dtype, on the host, or (by default) as they are."""
+
+    dtype: torch.dtype | None = None
+    host: bool = False
+
+    def __bool__(self) -> bool:
+        return self.host or self.dtype is not None
+
+    def pack(self, value: Any) -> Any:
+        """Convert every floating tensor of a kept value, remembering what it was."""
+        return map_tensors(self._pack, value)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if not tensor.is_floating_point():
+            return tensor
+        stored = tensor.to(device="cpu" if self.host else None, dtype=self.dtype or tensor.dtype)
+        return _Packed(stored, tensor.device, tensor.dtype)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A stored tensor with the device and dtype that it goes back to."""
+
+    stored: torch.Tensor
+    device: torch.device
+    dtype: torch.dtype
+
+
+def unpack(value: Any) -> Any:
+    """Undo `Packing.pack`; other values come back as they are."""
+    if isinstance(value, _Packed):
+        return value.stored.to(device=value.device, dtype=value.dtype)
+    if isinstance(value, (list, tuple)):
+        return type(value)(unpack(item) for item in value)
+    return value
+
+
+def map_tensors(change: Any, value: Any) -> Any:
+    """The same nesting of lists and tuples with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(change, item) for item in value)
+    return value
 
 
 @dataclass
 class Kept:
-    """What one guidance branch holds.
+    """What one guidance branch of one denoiser holds.
 
     `tensors`: what points keep, by name (and time, for a module that runs several times in one
     call); `entered`: arguments at the start of a run of modules, until its end is kept; `scores`:
-    keyframe scores, newest first. `signature` is that of the denoiser's arguments.
+    keyframe scores, newest first, in the form in which they are held. `signature` is that of the
+    denoiser's arguments; `anchors` are those arguments themselves, as long as they live.
     """
 
     tensors: dict[Any, Any] = field(default_factory=dict)
@@ -28,6 +80,7 @@ class Kept:
     step: int = -1
     signature: tuple[Any, ...] = ()
     output_class: type = tuple
+    anchors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
     def forget(self) -> None:
         """Drop everything that was kept."""
@@ -35,22 +88,36 @@ class Kept:
         self.entered.clear()
         self.scores.clear()
 
+    def knows(self, tensors: Sequence[torch.Tensor]) -> set[int]:
+        """Which of these very tensors were arguments at the last keyframe."""
+        living = {id(t) for ref in self.anchors if (t := ref()) is not None}
+        return living & {id(t) for t in tensors}
+
 
 class Run:
     """State that all hooks of one patch share; `call` counts the denoiser's calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, packing: Packing | None = None) -> None:
+        self.packing = packing or Packing()
         self.mask = COMPUTE
         self.keep = False
         self.call = 0
         self.kept = Kept()
-        self.branches: dict[int, Kept] = {}
+        self.branches: dict[Branch, Kept] = {}
         self.peak_bytes = 0
 
     def clear(self) -> None:
         """Free everything that was kept."""
         self.mask, self.keep, self.kept = COMPUTE, False, Kept()
         self.branches.clear()
+
+    def select(self, branch: Branch) -> Kept:
+        """Make a branch's store the one that the hooks use."""
+        kept = self.branches.get(branch)
+        if kept is None:
+            kept = self.branches[branch] = Kept()
+        self.kept = kept
+        return kept
 
     @property
     def kept_bytes(self) -> int:
@@ -64,6 +131,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, _Packed):
+        yield value.stored
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
     elif isinstance(value, (list, tuple)):

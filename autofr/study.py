@@ -21,6 +21,7 @@ from autofr.errors import RunFolderError
 from autofr.families import discover
 from autofr.latency import Budget
 from autofr.points import Pipe, find_denoiser, fingerprint, weights_hash
+from autofr.policy import AS_IS, Keep
 from autofr.space import Space
 
 STUDY = "autofr"
@@ -31,7 +32,10 @@ PURPOSES = ("calibration", "validation", "test")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; the seeds of the three purposes are disjoint by construction."""
+    """What the user asked for; the seeds of the three purposes are disjoint by construction.
+
+    `inputs` is the digest of a task's inputs; `max_memory` limits the bytes kept on the device.
+    """
 
     name: str
     budget: Budget
@@ -45,6 +49,9 @@ class Settings:
     trial_seeds: int = 16
     validation_seeds: int = 40
     test_seeds: int = 96
+    inputs: str = ""
+    keep: Keep = AS_IS
+    max_memory: int | None = None
     command: str = ""
 
     def seeds(self, purpose: str) -> list[int]:
@@ -73,6 +80,9 @@ class Spec(BaseModel):
     device: str
     dtype: str
     threads: int
+    inputs: str = ""
+    keep: Keep = Keep()
+    max_memory: int | None = None
 
 
 def spec_of(pipe: Pipe, settings: Settings) -> Spec:
@@ -94,6 +104,9 @@ def spec_of(pipe: Pipe, settings: Settings) -> Spec:
         device=str(denoiser.device),
         dtype=str(denoiser.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        inputs=settings.inputs,
+        keep=settings.keep,
+        max_memory=settings.max_memory,
     )
 
 

@@ -18,11 +18,6 @@ def duration(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
-def size(count: int) -> str:
-    """Bytes as KiB or MiB."""
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.1f} KiB"
-
-
 def percent(value: Interval) -> str:
     """A share with its interval, as percent."""
     digits = 1 if value.value >= 0.01 or value.value == 0 else 2

@@ -15,7 +15,7 @@ from autofr.report import load_result
 from autofr.result import Result
 
 RESULTS = Path(__file__).parents[1] / "results"
-RUNS = ("ldm4-1.5x", "ldm4-3x")
+RUNS = ("ldm4-1.5x", "ldm4-2x", "ldm4-3x")
 KINDS = {"fewer steps": "fewer steps", "DeepCache": "deepcache", "FRDiff": "frdiff"}
 HEAD = (
     "budget", "measured speed-up", "error, test seeds", "PSNR", "FID policy / teacher",

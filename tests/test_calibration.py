@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def masks_of(pipe):
 def measured(pipe, masks=None, gaps=GAPS, **kwargs):
     """A calibration of this pipe."""
     masks = masks_of(pipe) if masks is None else masks
-    return calibrate(pipe, lambda: draw(pipe, SEEDS, N), masks, max_gap=gaps, **kwargs)
+    return calibrate(pipe, SEEDS, N, masks, max_gap=gaps, **kwargs)
 
 
 def taped(pipe):
@@ -70,7 +72,7 @@ def teacher():
 def test_teachers_scores_with_each_other(teacher):
     """`teacher` holds the inner products of the teacher's scores, `norm` the final latents'."""
     _, tape, table = teacher
-    scores = np.stack([flat(score) for _, _, score in tape.calls])
+    scores = np.stack([flat(score) for score in tape.scores])
     np.testing.assert_allclose(table.teacher, scores @ scores.T, rtol=1e-5)
     assert table.norm == pytest.approx(float(tape.latents[-1].double().square().sum()), rel=1e-5)
     assert (table.steps, table.max_gap, table.masks) == (N, GAPS, CHOSEN)
@@ -81,13 +83,13 @@ def test_reduced_scores_with_the_teachers(teacher, mask):
     """`cross` and `own` are inner products of scores that a patched network gives by hand."""
     pipe, tape, table = teacher
     points = discover(pipe.unet)
-    scores = np.stack([flat(score) for _, _, score in tape.calls])
+    scores = np.stack([flat(score) for score in tape.scores])
     patch = Patch(pipe, [[points[name] for name in masks_of(pipe)[mask]]]).install()
     m = CHOSEN.index(mask)
     try:
         for step, gap in ((1, 1), (3, 2), (5, 1), (5, 3)):
             for mode, at in ((patch.keyframe(), step - gap), (patch.reduced(1), step)):
-                args, kwargs, _ = tape.calls[at]
+                args, kwargs = tape.calls[at].given
                 with mode, torch.inference_mode():
                     reduced = flat(pipe.unet(*args, **kwargs)[0])
             np.testing.assert_allclose(table.cross[m, step, gap - 1], scores @ reduced, rtol=1e-5)
@@ -146,7 +148,7 @@ def test_a_second_order_solver_is_calibrated_at_its_steps(pipe):
     pipe.scheduler = SOLVERS["heun"]()
     tape = taped(pipe)
     table = measured(pipe, {"cut6": masks_of(pipe)["cut6"]})
-    scores = np.stack([flat(score) for _, _, score in tape.calls[::2]])
+    scores = np.stack([flat(score) for score in tape.scores[::2]])
     assert len(tape.calls) == 2 * N - 1 and len(scores) == N
     np.testing.assert_allclose(table.teacher, scores @ scores.T, rtol=1e-5)
     assert (table.gain > 0).all()
@@ -177,7 +179,7 @@ def test_gains_of_ddim_are_products_of_coefficients():
     """DDIM's step is x ← a x + b s: an error of the score i moves the end by b_i Π a_j."""
     pipe = make_pipe()
     tape = taped(pipe)
-    found = step_gains(pipe, tape.first_latents, [call[2] for call in tape.calls], tape.steps)
+    found = step_gains(tape)
     scheduler = pipe.scheduler
     scheduler.set_timesteps(N)
     now = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
@@ -193,8 +195,8 @@ def test_gains_agree_with_finite_differences(pipe, solver):
     """The score of one step, perturbed at any size or direction, moves the end by the gain."""
     pipe.scheduler = SOLVERS[solver]()
     tape = taped(pipe)
-    scores = [call[2] for call in tape.calls]
-    found = step_gains(pipe, tape.first_latents, scores, tape.steps)
+    scores = [call.output for call in tape.calls]
+    found = step_gains(tape)
     assert found.shape == (N,)
 
     def end(changed, nudge):
@@ -217,7 +219,7 @@ def test_gains_call_no_network(pipe):
     tape = taped(pipe)
     state = dict(vars(pipe.scheduler))
     pipe.unet.forward = None
-    step_gains(pipe, tape.first_latents, [call[2] for call in tape.calls], tape.steps)
+    step_gains(tape)
     assert vars(pipe.scheduler) == state
 
 
@@ -225,18 +227,15 @@ def test_gains_of_noisy_solvers_repeat(pipe):
     """A stochastic scheduler draws the same noise in every replay, and leaves the global state."""
     pipe.scheduler = diffusers.DDPMScheduler.from_config(ddim().config)
     tape = taped(pipe)
-    scores = [call[2] for call in tape.calls]
     torch.manual_seed(5)
-    first = step_gains(pipe, tape.first_latents, scores, tape.steps)
+    first = step_gains(tape)
     after = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), after)
-    np.testing.assert_array_equal(
-        step_gains(pipe, tape.first_latents, scores, tape.steps), first
-    )  # fmt: skip
+    np.testing.assert_array_equal(step_gains(tape), first)
     quiet = SOLVERS["ddim"]()  # noise that differed between replays would show as a huge gain
-    pipe.scheduler = quiet
-    calm = step_gains(pipe, tape.first_latents, scores, tape.steps)
+    quiet.set_timesteps(N)
+    calm = step_gains(dataclasses.replace(tape, scheduler=quiet))
     assert (first < 3 * calm).all()
 
 

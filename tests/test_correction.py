@@ -10,9 +10,9 @@ from conftest import ddim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr import sampler
+from autofr import correction, sampler
 from autofr.calibration import candidate_masks
-from autofr.correction import _fit, correct, trajectory
+from autofr.correction import _Basis, correct, trajectory
 from autofr.families import discover
 from autofr.mix import HardSigmoid, Table
 from autofr.policy import Policy
@@ -70,9 +70,9 @@ def distances(pipe, one, teacher):
 def test_correcting_brings_the_policy_nearer(pipe, solver, steps):
     """On the seeds it was corrected on, the path is nowhere further from the teacher's."""
     pipe.scheduler = SOLVERS[solver]()
-    teacher = trajectory(pipe, drawer(pipe))
+    teacher = trajectory(pipe, SEEDS, N)
     before = policy(pipe, steps)
-    after = correct(pipe, before, teacher, drawer(pipe))
+    after = correct(pipe, before, teacher)
     old, new = (distances(pipe, one, teacher) for one in (before, after))
     assert (new <= old * (1 + 1e-3)).all()
     assert new[-1] < 0.95 * old[-1]
@@ -80,20 +80,20 @@ def test_correcting_brings_the_policy_nearer(pipe, solver, steps):
 
 def test_more_rounds_do_not_hurt(pipe):
     """A second round starts from the first one's table and stays about as near."""
-    teacher = trajectory(pipe, drawer(pipe))
+    teacher = trajectory(pipe, SEEDS, N)
     before = policy(pipe, PLANS[0])
-    once, twice = (correct(pipe, before, teacher, drawer(pipe), rounds) for rounds in (1, 2))
+    once, twice = (correct(pipe, before, teacher, rounds) for rounds in (1, 2))
     assert once.mix != twice.mix
     ends = [distances(pipe, one, teacher)[-1] for one in (before, once, twice)]
     assert ends[2] <= 1.01 * ends[1] < ends[0]
-    assert correct(pipe, before, teacher, drawer(pipe), rounds=0) == before
+    assert correct(pipe, before, teacher, rounds=0) == before
 
 
 @pytest.mark.parametrize("steps", PLANS)
 def test_only_the_weights_change(pipe, steps):
     """Rows keep their shape: empty at keyframes, leading 0 at jumps; the rest is as it was."""
     before = policy(pipe, steps)
-    after = correct(pipe, before, trajectory(pipe, drawer(pipe)), drawer(pipe))
+    after = correct(pipe, before, trajectory(pipe, SEEDS, N))
     assert after.model_copy(update={"mix": before.mix}) == before
     assert Policy.model_validate(after.model_dump()) == after
     for step, old, new in zip(steps, before.mix.weights, after.mix.weights, strict=True):
@@ -108,59 +108,61 @@ def test_a_mask_that_is_held_stays_held(pipe):
     steps = ("key", "branches", "key", "branches", "jump", "key")
     rows = ((), (0.0, 1.0), (), (1.0, 0.0, 0.0), (0.0, 1.0), ())
     before = policy(pipe, steps, Table(weights=rows))
-    after = correct(pipe, before, trajectory(pipe, drawer(pipe)), drawer(pipe))
+    after = correct(pipe, before, trajectory(pipe, SEEDS, N))
     assert after.mix.weights[1][0] == 0
     with sampler.reuse(pipe, after) as patch:
         drawer(pipe)()
     assert patch.counts == {"key": 3, "jump": 2, "mask": 1}
 
 
-def test_what_has_no_fitted_table_is_returned_as_it_is(pipe):
+def test_what_has_no_fitted_table_is_returned_as_it_is(pipe, monkeypatch):
     """A λ(t) family and another number of steps are left alone, without a run."""
-    teacher = trajectory(pipe, drawer(pipe))
+    teacher = trajectory(pipe, SEEDS, N)
 
-    def never():
+    def never(*args):
         raise AssertionError("no run was needed")
 
+    monkeypatch.setattr(correction, "draw", never)
     family = policy(pipe, PLANS[0], HardSigmoid())
-    assert correct(pipe, family, teacher, never) is family
+    assert correct(pipe, family, teacher) is family
     short = policy(pipe, ("key", "jump", "key"))
-    assert correct(pipe, short, teacher, never) is short
+    assert correct(pipe, short, teacher) is short
 
 
 def test_solvers_with_stages_are_left_alone(pipe):
     """Heun calls twice per step, so that a step has no one score: the policy stays."""
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(ddim().config)
-    teacher = trajectory(pipe, drawer(pipe))
+    teacher = trajectory(pipe, SEEDS, N)
     assert len(teacher.latents) == 2 * N - 1
     before = policy(pipe, PLANS[0])
-    assert correct(pipe, before, teacher, drawer(pipe)) is before
+    assert correct(pipe, before, teacher) is before
 
 
 def test_a_step_that_ignores_its_score_keeps_its_weights(pipe):
     """Without `set_alpha_to_one` DDIM's last step is the identity: there is nothing to fit."""
     pipe.scheduler = diffusers.DDIMScheduler.from_config(ddim().config, set_alpha_to_one=False)
-    teacher = trajectory(pipe, drawer(pipe))
+    teacher = trajectory(pipe, SEEDS, N)
     before = policy(pipe, PLANS[0])
-    after = correct(pipe, before, teacher, drawer(pipe), rounds=2)
+    after = correct(pipe, before, teacher, rounds=2)
     assert after.mix.weights[-1] == before.mix.weights[-1]
     assert after.mix.weights[-2] != before.mix.weights[-2]
     assert np.abs(np.concatenate(after.mix.weights)).max() < 100
 
 
-def test_correcting_leaves_the_pipe_as_it_was(pipe):
+def test_correcting_leaves_the_pipe_as_it_was(pipe, monkeypatch):
     """No policy stays applied, also after an error in the middle."""
     bare = sampler.draw(pipe, SEEDS, N).latents
-    teacher = trajectory(pipe, drawer(pipe))
+    teacher = trajectory(pipe, SEEDS, N)
     torch.testing.assert_close(teacher.latents[-1], bare, rtol=0, atol=0)
-    correct(pipe, policy(pipe, PLANS[0]), teacher, drawer(pipe))
+    correct(pipe, policy(pipe, PLANS[0]), teacher)
 
-    def stop():
-        sampler.draw(pipe, SEEDS, N)
+    def stop(*args):
+        sampler.draw(*args)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(correction, "draw", stop)
     with pytest.raises(KeyboardInterrupt):
-        correct(pipe, policy(pipe, PLANS[0]), teacher, stop)
+        correct(pipe, policy(pipe, PLANS[0]), teacher)
     assert torch.equal(sampler.draw(pipe, SEEDS, N).latents, bare)
     assert "step" not in vars(pipe.scheduler)
 
@@ -178,7 +180,8 @@ def test_a_fit_is_never_further_than_the_old_weights(seed, kept, held, old):
     parts = [torch.zeros_like(reduced) if held else reduced, *scores[:kept]]
     wanted = sum(parts) + 0.5 * torch.randn(1, 2, 3, generator=generator)
     before = (0.0 if held else old[0], *old[1 : 1 + kept])
-    after = _fit(before, wanted.double(), None if held else reduced, scores)
+    features = torch.stack([part.double().flatten() for part in parts[held:]])
+    after = _Basis(features, 0.0, 1.0, held, 1, wanted).fit(before, wanted.double())
     assert len(after) == len(before) and (after[0] == 0 or not held)
 
     def distance(weights):

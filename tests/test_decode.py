@@ -13,6 +13,7 @@ from autofr.calibration import Calibration
 from autofr.decode import Frame, decode, family, fastest_seconds, guesses, mix_name
 from autofr.errors import BudgetError
 from autofr.latency import Costs
+from autofr.memory import Memory
 from autofr.mix import Constant, Sigmoid, Step, Table
 from autofr.space import SHIPPED, Planned, load_space
 
@@ -101,6 +102,7 @@ def frame(speedup=1.5, steps=12, **changes):
         masks=MASKS,
         calibration=TABLES.__getitem__,
         point_seconds=POINTS,
+        memory=Memory({point: 100 for mask in MASKS.values() for point in mask}, 10),
     )
     return Frame(**fields | changes)
 

@@ -21,7 +21,17 @@ import pytest
 import torch
 from conftest import ddim, tiny_vae
 
-from autofr import baselines, evaluate, latency, profiling, search, verify
+from autofr import (
+    baselines,
+    calibration,
+    correction,
+    evaluate,
+    guidance,
+    latency,
+    profiling,
+    search,
+    verify,
+)
 from autofr.compare import AS_FAST, remarks, speed
 from autofr.errors import BudgetError, MeasurementError, RunFolderError
 from autofr.evaluate import Evaluator
@@ -170,7 +180,7 @@ def logged() -> Iterator[Log]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "_timed", timed)
         patch.setattr(Evaluator, "score", scored)
-        for module in (search, evaluate, verify, profiling):
+        for module in (calibration, correction, guidance, evaluate, verify, profiling):
             patch.setattr(module, "draw", spy(module.draw))
         yield log
 

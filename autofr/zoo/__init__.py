@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,6 @@ def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
     # diffusers logs advice about accelerate and torchvision that users of this tool do not need.
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     local = Path(source).is_dir()
-    if local:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 

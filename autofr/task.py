@@ -1,0 +1,244 @@
+"""Draw from any pipe by seed: which prompt, label or image goes with which seed.
+
+Everything that measures calls a pipe as `pipe(batch_size, num_inference_steps, generator)`. A
+`Task` gives that form to pipelines that want prompts, labels or images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from autofr.errors import ModelError, TaskError
+from autofr.points import Pipe, find_denoiser
+
+Inputs = Sequence[Mapping[str, Any]]
+"""One row of call arguments per sample: `{"prompt": "a cat"}`, `{"class_labels": 3}`, ..."""
+
+OWN = ("num_inference_steps", "generator", "output_type", "batch_size", "return_dict")
+PROMPTS = (
+    "a red bicycle leaning against a white wall",
+    "portrait of an old fisherman, soft light",
+    "a bowl of ramen on a wooden table, top view",
+    "snowy mountains at sunrise",
+    "a small robot watering a plant",
+    "a watercolor painting of a fox in a forest",
+    "the skyline of a city at night, seen from a bridge",
+    "a close-up of a bee on a sunflower",
+    "an empty library with tall windows",
+    "two sailing boats on a calm lake",
+    "a pencil sketch of a lighthouse",
+    "a slice of strawberry cake on a blue plate",
+    "a grey cat asleep on a stack of books",
+    "an astronaut riding a horse in the desert",
+    "a market street after the rain",
+    "a green vase with dried flowers, studio photo",
+)
+
+
+class Task:
+    """A pipe that is called like an unconditional one: seed s draws row s of `inputs`, in turn.
+
+    Attributes (`unet`, `scheduler`, ...) are those of the pipe; setting one sets it there.
+    Args: pipe, any diffusers pipeline; inputs, arguments that differ from sample to sample; call,
+        arguments that all calls share (`{"guidance_scale": 5.0}`).
+    Raises: TaskError when the pipe's call knows no such argument, or `inputs` is empty.
+    """
+
+    def __init__(self, pipe: Pipe, inputs: Inputs, call: Mapping[str, Any] | None = None) -> None:
+        known = inspect.signature(pipe.__call__).parameters
+        given = {name for row in inputs for name in row} | set(call or {})
+        unknown = sorted(name for name in given if name not in known or name in OWN)
+        if unknown:
+            usable = ", ".join(name for name in known if name not in OWN)
+            raise TaskError(
+                f"{type(pipe).__name__} takes no {', '.join(unknown)} from the inputs; its call"
+                f" takes {usable}"
+            )
+        if not inputs or any(set(row) != set(inputs[0]) for row in inputs):
+            raise TaskError("inputs: expected at least one row, and the same arguments in all rows")
+        vars(self).update(
+            _pipe=pipe, _inputs=[dict(row) for row in inputs], _call=dict(call or {}), _known=known
+        )
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: Any = None,
+        output_type: str = "np",
+    ) -> Any:
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        seeds = [g.initial_seed() if g is not None else i for i, g in enumerate(generators)]
+        rows = [self._inputs[seed % len(self._inputs)] for seed in seeds]
+        given: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        if generator is not None:
+            given["generator"] = generators
+        if batch_size == 1:  # some pipelines take no lists
+            given = {name: values[0] if values else None for name, values in given.items()}
+        given |= self._call
+        if "class_labels" in given:
+            given["class_labels"] = list(np.atleast_1d(given["class_labels"]).tolist())
+        own = {"num_inference_steps": num_inference_steps, "output_type": output_type}
+        given |= {name: value for name, value in own.items() if name in self._known}
+        return SimpleNamespace(images=_images(self._pipe(**given)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_pipe"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._pipe, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._pipe, name)
+
+    @property
+    def digest(self) -> str:
+        """Hash of inputs and shared arguments: runs with other ones are other runs."""
+        text = json.dumps([self._inputs, self._call], sort_keys=True, default=_digest)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _digest(value: Any) -> str:
+    """Hash of an image (or of what prints as itself)."""
+    content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _images(result: Any) -> np.ndarray:
+    """What a pipe drew as (n, h, w, 3) in [0, 1]; the frames of a video stand below one another.
+
+    Raises: TaskError for results that are no pictures (sound).
+    """
+    for name in ("images", "frames"):
+        found = getattr(result, name, None)
+        if found is not None:
+            break
+    else:
+        raise TaskError(f"autofr cannot compare what this pipe draws ({type(result).__name__})")
+    if isinstance(found, torch.Tensor):
+        found = found.float().cpu().numpy()
+    pictures = np.asarray(found)
+    if pictures.ndim == 5:  # (n, frames, h, w, 3)
+        pictures = pictures.reshape(len(pictures), -1, *pictures.shape[3:])
+    if pictures.ndim != 4:
+        raise TaskError(f"autofr cannot compare results of shape {pictures.shape}")
+    return pictures[..., :3] if pictures.shape[-1] >= 3 else np.repeat(pictures, 3, axis=-1)
+
+
+def as_task(
+    pipe: Pipe, inputs: Inputs | None = None, call: Mapping[str, Any] | None = None
+) -> Pipe:
+    """Return a pipe that can be called by seeds: the pipe itself if it can, else a `Task`.
+
+    Without inputs, prompts of our own or all class labels are drawn from.
+    Raises: TaskError when the pipe needs more than that (an image to start from).
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    if "batch_size" in known and not inputs and not call:
+        return pipe
+    if "batch_size" in known:
+        raise TaskError(f"{type(pipe).__name__} draws from noise alone: it takes no inputs")
+    if inputs:
+        return Task(pipe, inputs, call)
+    wanted = ("image", "mask_image", "control_image", "video", "ip_adapter_image")
+    required = [n for n in wanted if n in known and n not in (call or {}) and _needed(known[n], n)]
+    if required:
+        raise TaskError(
+            f"{type(pipe).__name__} starts from {' and '.join(required)}: give --inputs, a file"
+            " with a JSON object per line such as"
+            f' {{"prompt": "a cat", "{required[0]}": "cat.png"}}'
+        )
+    if "class_labels" in known:
+        return Task(pipe, [{"class_labels": label} for label in range(_labels(pipe))], call)
+    if "prompt" in known:
+        return Task(pipe, [{"prompt": prompt} for prompt in PROMPTS], call)
+    raise TaskError(
+        f"autofr does not know what {type(pipe).__name__} draws from: give --inputs, a file with a"
+        f" JSON object per line; its call takes {', '.join(known)}"
+    )
+
+
+def _needed(parameter: inspect.Parameter, name: str) -> bool:
+    """Whether a call without this image would fail; SD's adapters and ControlNets are optional."""
+    return name in ("image", "mask_image") and (
+        parameter.default in (inspect.Parameter.empty, None)
+    )
+
+
+def _labels(pipe: Pipe) -> int:
+    config = find_denoiser(pipe).config
+    for name in ("num_embeds_ada_norm", "num_class_embeds"):
+        if config.get(name):
+            return int(config[name])
+    raise ModelError("the denoiser's configuration does not say how many classes it has")
+
+
+def read_inputs(path: Path) -> list[dict[str, Any]]:
+    """Read a file of inputs: a prompt per line, or (`.jsonl`) a JSON object of call arguments.
+
+    Arguments whose name says image are paths, relative to the file.
+    Raises: TaskError naming the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"--inputs {path}: cannot be read ({error})") from None
+    texts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+        raise TaskError(f"--inputs {path}: empty; expected a prompt per line")
+    if path.suffix.lower() != ".jsonl":
+        return [{"prompt": line} for _, line in texts]
+    return [_row(path, number, line) for number, line in texts]
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise TaskError(f"--inputs {path}, line {number}: not valid JSON ({error})") from None
+    if not isinstance(row, dict) or not row:
+        raise TaskError(
+            f"--inputs {path}, line {number}: expected an object of call arguments such as"
+            ' {"prompt": "a cat"}'
+        )
+    return {name: _value(path, number, name, value) for name, value in row.items()}
+
+
+def _value(path: Path, number: int, name: str, value: Any) -> Any:
+    if "image" not in name or not isinstance(value, str):
+        return value
+    from PIL import Image
+
+    place = path.parent / value
+    try:
+        return Image.open(place).convert("L" if "mask" in name else "RGB")
+    except OSError as error:
+        raise TaskError(
+            f"--inputs {path}, line {number}: {name} {place} cannot be read ({error})"
+        ) from None
+
+
+def parse_call(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read `NAME=VALUE` pairs; values are JSON, or text where they are not.
+
+    Raises: TaskError for a pair without a name or a value.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, mark, text = pair.partition("=")
+        if not name or not mark or not text:
+            raise TaskError(f"--call {pair!r}: expected NAME=VALUE, such as guidance_scale=5")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found

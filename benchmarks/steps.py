@@ -1,0 +1,84 @@
+"""Does a reuse step take what the profile says? Whole minus skipped parts, against measured masks.
+
+python benchmarks/steps.py --model ldm4
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from protocol import load, write
+
+from autofr import profiling
+from autofr.calibration import candidate_masks
+from autofr.families import discover
+from autofr.points import find_denoiser
+from autofr.profiling import Profile
+from autofr.task import as_task
+
+
+def random_dit() -> Any:
+    """A DiT-S/2-like pipe with random weights: its times are real, its pictures are not."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8,
+        num_layers=12, sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), latent_channels=4,
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return as_task(pipe)
+
+
+def rows_of(name: str, found: Profile) -> list[dict[str, Any]]:
+    """Every mask of a profile: seconds measured, and a full evaluation minus what it skips."""
+    skippable = {point.name: point.skippable_seconds for point in found.points}
+    rows = []
+    for mask, points in found.masks.items():
+        if any(point.endswith("#stage") for point in points):
+            continue  # a cut's skippable part is itself known from its mask
+        expected = found.key_seconds - sum(skippable[point] for point in points)
+        measured = found.mask_seconds[mask]
+        rows.append(
+            {
+                "model": name,
+                "mask": mask,
+                "full ms": round(1000 * found.key_seconds, 2),
+                "measured ms": round(1000 * measured, 2),
+                "full - skipped ms": round(1000 * expected, 2),
+                "difference %": round(100 * (measured - expected) / found.key_seconds, 1),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Profile the model and a random DiT."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="ldm4")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    rows = []
+    for name, pipe, batch in (
+        (args.model, load(args.model, args.threads), args.batch),
+        ("random DiT-S/2", random_dit(), 2),
+    ):
+        masks = candidate_masks(discover(find_denoiser(pipe)))
+        found = profiling.profile(pipe, masks, steps=10, batch=batch, seeds=[0, 1])
+        rows += rows_of(name, found)
+    command = f"python benchmarks/steps.py --model {args.model}"
+    note = "Difference in percent of a full evaluation."
+    write("steps", load(args.model, args.threads), command, rows, note)
+
+
+if __name__ == "__main__":
+    main()
