@@ -199,6 +199,9 @@ def search(
 def evaluate(
     policy: Annotated[Path, typer.Option(help="policy file, or hub:owner/name@revision")],
     model: Model = "ldm4",
+    against: Annotated[
+        Path | None, typer.Option(help="another policy, to say what is lost to it")
+    ] = None,
     samples: Annotated[int, typer.Option(min=2, help="test seeds")] = 64,
     batch: Batch = 8,
     seed: Seed = 0,
@@ -211,20 +214,29 @@ def evaluate(
 ) -> None:
     """Measure a policy on this device: speed-up in pairs, and what it changes in the images.
 
+    With --against, say what is lost to another policy: one that was searched for this use, say,
+    when the first was retimed or made for another batch or size.
+
     Example: `autofr evaluate --model ldm4 --policy results/ldm4-1.5x/policy.json`
     """
-    found = hub.read(policy)
+    policies = [hub.read(place) for place in (policy, against) if place]
     loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import job
 
     seeds = _seeds(seed, samples, TEST)
     features = _features(loaded)
     with console.progress() as on_progress:
-        measured = job.evaluate(loaded.pipe, found, seeds, batch, features, on_progress)
+        measured = [
+            job.evaluate(loaded.pipe, one, seeds, batch, features, on_progress) for one in policies
+        ]
     if as_json:
-        typer.echo(measured.model_dump_json(indent=1))
+        facts = [one.model_dump(mode="json") for one in measured]
+        typer.echo(json.dumps(facts if against else facts[0], indent=1))
         return
-    console.table(console.measured_rows(measured))
+    for one in measured:
+        console.table(console.measured_rows(one))
+    if against:
+        typer.echo(console.penalty(*measured))
 
 
 @app.command()

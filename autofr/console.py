@@ -158,6 +158,18 @@ def measured_rows(measured: Measured) -> list[list[str]]:
     return rows
 
 
+def penalty(ours: Measured, theirs: Measured) -> str:
+    """Say what the first policy loses to the second, measured on the same seeds and device."""
+    error = ours.trajectory_error.value / max(1e-12, theirs.trajectory_error.value)
+    speed = ours.speedup.value / theirs.speedup.value
+    return (
+        f"The first policy has {error:.2f} times the error of the second"
+        f" ({ours.trajectory_error.value:.4f} against {theirs.trajectory_error.value:.4f}), at"
+        f" {speed:.2f} times its speed-up ({ours.speedup.value:.2f}x against"
+        f" {theirs.speedup.value:.2f}x)."
+    )
+
+
 def _shown(value: object) -> str:
     if isinstance(value, Interval):
         return f"{value.value:.4g} ({value.low:.4g} to {value.high:.4g})"

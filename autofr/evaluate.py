@@ -216,18 +216,29 @@ def solver(pipe: Pipe, scheduler: object) -> Iterator[None]:
 def other_solvers(pipe: Pipe) -> dict[str, object]:
     """Better solvers of the same model, as users would set them; never candidates.
 
-    Some pipes pass arguments that only their own solver takes; what such a pipe cannot drive is
-    left out.
+    Some models ask for more than a timestep of the training schedule (SVD, EDM), and some pipes
+    pass arguments that only their own solver takes: what such a pipe cannot drive is left out.
     """
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-    config = pipe.scheduler.config
-    found = {
-        "DPM-Solver++ 2M Karras": DPMSolverMultistepScheduler.from_config(
-            config, use_karras_sigmas=True
-        ),
-        "UniPC": UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"),
-    }
+    own, config = pipe.scheduler, pipe.scheduler.config
+    if config.get("timestep_type") == "continuous" or hasattr(own, "precondition_outputs"):
+        return {}
+    flows = type(own).__name__.startswith("FlowMatch")
+    if flows or config.get("prediction_type") == "flow_prediction":
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        found = {
+            "DPM-Solver++ 2M": DPMSolverMultistepScheduler.from_config(config, **flow),
+            "UniPC": UniPCMultistepScheduler.from_config(config, **flow),
+        }
+    else:
+        found = {
+            "DPM-Solver++ 2M Karras": DPMSolverMultistepScheduler.from_config(
+                config, use_karras_sigmas=True
+            ),
+            "UniPC": UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"),
+        }
     return {name: scheduler for name, scheduler in found.items() if _drives(pipe, scheduler)}
 
 
@@ -235,6 +246,6 @@ def _drives(pipe: Pipe, scheduler: object) -> bool:
     try:
         with solver(pipe, scheduler):
             draw(pipe, [0], 2)
-    except TypeError:
+    except (TypeError, ValueError):
         return False
     return True

@@ -42,6 +42,33 @@ Action = Callable[[nn.Module, Given, Kept, int], Any]
 class _Hook(ModelHook):
     """A hook of a patch; whoever copies or pickles a module with one is refused."""
 
+    installed: Any = None  # the forward that calls this hook
+
+    def put_on(self, module: nn.Module) -> None:
+        """Register on a module, outside of what is on it."""
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(self, HOOK)
+        self.installed = module.forward
+
+    def is_on(self, module: nn.Module) -> bool:
+        """Whether calling the module calls this hook: offloading drops what came after its own."""
+        forward = module.forward
+        while forward is not None and forward is not self.installed:
+            forward = getattr(forward, "__wrapped__", None)
+        return forward is not None
+
+    def take_off(self, module: nn.Module) -> None:
+        """Remove from a module, with diffusers' traces where no other hook is left."""
+        outer, registry = module.forward, HookRegistry.check_if_exists_or_initialize(module)
+        registry.remove_hook(HOOK, recurse=False)
+        if outer is not self.installed:  # offloading has come later, and calls this by its name
+            if vars(module).get("_old_forward") is self.installed:
+                module._old_forward = module.forward
+            module.forward = outer
+        if not registry.hooks:
+            if getattr(module.forward, "__func__", None) is type(module).forward:
+                vars(module).pop("forward", None)
+            del module._diffusers_hook
+
     def __reduce__(self) -> NoReturn:
         """Refuse: a copy would share its clock with the original.
 
@@ -243,7 +270,7 @@ class Patch(Listener):
             [point.prepare for point in mask if point.prepare] for mask in ((), *masks)
         ]
         self._order = order
-        self._hooks: list[tuple[nn.Module, nn.Module, str, ModelHook]] = []
+        self._hooks: list[tuple[nn.Module, nn.Module, str, _Hook]] = []
         self._bar = False
         self.clock: Clock | None = None
         if plan is not None:
@@ -272,7 +299,7 @@ class Patch(Listener):
         for denoiser in self.experts:
             for path, leaf in self._leaves().items():
                 self._register(denoiser, path, leaf)
-            root: ModelHook = _Direct(self)
+            root: _Hook = _Direct(self)
             if self.clock is not None and self.plan is not None:
                 root = _Root(self, self.clock, self.plan, self._order)
             self._register(denoiser, "", root)
@@ -287,8 +314,8 @@ class Patch(Listener):
             self.clock.remove()
             if self._bar:
                 delattr(self.pipe, BAR)
-        for _, module, _, _ in reversed(self._hooks):
-            _unregister(module)
+        for _, module, _, hook in reversed(self._hooks):
+            hook.take_off(module)
         self._hooks.clear()
         self.run.clear()
 
@@ -338,18 +365,18 @@ class Patch(Listener):
                     leaf(path).actions[index] = functools.partial(_skip, skip)
         return leaves
 
-    def _register(self, denoiser: nn.Module, path: str, hook: ModelHook) -> None:
+    def _register(self, denoiser: nn.Module, path: str, hook: _Hook) -> None:
         module = denoiser.get_submodule(path)
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+        hook.put_on(module)
         self._hooks.append((denoiser, module, path, hook))
 
     def _follow_replaced(self) -> None:
-        """Move hooks to modules that took a hooked one's place (LoRA wraps some)."""
+        """Put hooks back on: LoRA wraps some of their modules, offloading drops some hooks."""
         for index, (denoiser, module, path, hook) in enumerate(self._hooks):
             now = denoiser.get_submodule(path)
-            if now is not module:
-                _unregister(module)
-                HookRegistry.check_if_exists_or_initialize(now).register_hook(hook, HOOK)
+            if now is not module or not hook.is_on(module):
+                hook.take_off(module)
+                hook.put_on(now)
                 self._hooks[index] = denoiser, now, path, hook
 
     def started(self, steps: int) -> None:
@@ -406,12 +433,3 @@ def _watch_bar(pipe: Any, clock: Clock) -> bool:
     if original is not None:
         setattr(pipe, BAR, lambda *args, **kwargs: _Bar(original(*args, **kwargs), clock.stop))
     return original is not None
-
-
-def _unregister(module: nn.Module) -> None:
-    """Remove our hook, and diffusers' traces of it where no other hook is left."""
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.remove_hook(HOOK, recurse=False)
-    if not registry.hooks:
-        vars(module).pop("forward", None)
-        del module._diffusers_hook

@@ -152,10 +152,11 @@ def as_task(
     wanted = ("image", "mask_image", "control_image", "video", "ip_adapter_image")
     required = [n for n in wanted if n in known and n not in (call or {}) and _needed(known[n], n)]
     if required:
+        row = {"prompt": "a cat"} if "prompt" in known else {}
+        row |= {name: "cat.png" for name in required}
         raise TaskError(
             f"{type(pipe).__name__} starts from {' and '.join(required)}: give --inputs, a file"
-            " with a JSON object per line such as"
-            f' {{"prompt": "a cat", "{required[0]}": "cat.png"}}'
+            f" with a JSON object per line such as {json.dumps(row)}"
         )
     if "class_labels" in known:
         return Task(pipe, [{"class_labels": label} for label in range(_labels(pipe))], call)

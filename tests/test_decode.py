@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def frame(speedup=1.5, steps=12, **changes):
         masks=MASKS,
         calibration=TABLES.__getitem__,
         point_seconds=POINTS,
-        memory=Memory({point: 100 for mask in MASKS.values() for point in mask}, 10),
+        memory=Memory(dict.fromkeys([*POINTS, *(p for m in MASKS.values() for p in m)], 100), 10),
     )
     return Frame(**fields | changes)
 
@@ -132,10 +133,11 @@ SPACES = {"wide": wide(), **{name: load_space(name) for name in SHIPPED}}
 
 @pytest.mark.parametrize("name", SPACES)
 @laws
-@given(data=st.data(), speedup=st.floats(1.01, 4))
-def test_whatever_is_decoded_meets_the_budget(name, data, speedup):
-    """Any parameters give a draft within the budget and with its masks, or a BudgetError."""
+@given(data=st.data(), speedup=st.floats(1.01, 4), limit=st.none() | st.integers(10, 1500))
+def test_whatever_is_decoded_meets_the_budget(name, data, speedup, limit):
+    """Any parameters give a draft within time and memory and with its masks, or a BudgetError."""
     space, here = SPACES[name], frame(speedup)
+    here = replace(here, memory=replace(here.memory, limit=limit))
     trial = Drawn(data.draw)
     try:
         found = decode(space, trial, here)
@@ -143,6 +145,7 @@ def test_whatever_is_decoded_meets_the_budget(name, data, speedup):
         return
     draft = found.draft
     named = {*draft.steps} - {"key", "jump"}
+    assert here.memory.fits(draft.steps, found.masks, draft.mix)
     assert draft.steps[0] == "key" and named <= set(found.masks)
     assert all(found.masks[step] for step in named)
     costs = COSTS
@@ -318,3 +321,16 @@ def test_labels_of_mixes_are_short():
     """Fitted mixes go by their name, families by their kind and parameters."""
     labels = [mix_name(mix) for mix in ("fit2", Constant(), Step(bias=0.25), Sigmoid(tau=30.0))]
     assert labels == ["fit2", "constant", "step b=0.25", "sigmoid τ=30 b=0.5"]
+
+
+def test_a_memory_limit_takes_the_mask_away_that_keeps_most():
+    """Where no point fits, plans hold scores; where not even those do, the limit is named."""
+    trial = Fixed(guesses(SPACES["default"])[0])
+    free = decode(SPACES["default"], trial, frame(1.5))
+    small = replace(frame(1.5), memory=replace(frame(1.5).memory, limit=60))
+    tight = decode(SPACES["default"], trial, small)
+    assert not small.memory.fits(free.draft.steps, free.masks, free.draft.mix)
+    assert set(tight.draft.steps) == {"key", "jump"}
+    none = replace(small, memory=replace(small.memory, limit=9))
+    with pytest.raises(BudgetError, match="--max-memory"):
+        decode(SPACES["default"], trial, none)

@@ -115,6 +115,7 @@ def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
     # diffusers logs advice about accelerate and torchvision that users of this tool do not need.
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     local = Path(source).is_dir()
+    _quieten_transformers(Path(source) / "model_index.json")
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
@@ -130,6 +131,18 @@ def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
             f" have it ({_first_line(error)}). Bundled models need no download:"
             f" {', '.join(BUNDLED)}; a local diffusers folder works too."
         ) from None
+
+
+def _quieten_transformers(index: Path) -> None:
+    """The same for transformers, where a folder needs it: it takes seconds to import."""
+    if not index.is_file() or "transformers" not in index.read_text(encoding="utf-8"):
+        return
+    try:
+        from transformers.utils import logging as theirs
+    except ImportError:  # diffusers says what is missing
+        return
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
