@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from laws import ALL
-from test_loops import SOLVERS
+from test_loops import PREDICTING, SOLVED, SOLVERS
 
 from autofr.calibration import candidate_masks
 from autofr.families import FAMILIES, discover
@@ -41,10 +41,11 @@ none it is refused.
 
 ## Solvers
 
-Decisions are made per solver step: the stages of one step share it. On `UNet2DModel`:
+What reuse means under each of them is in [solvers.md](solvers.md). The laws of every run hold with
+each solver on {classes}; with the predictions named below on `UNet2DModel`.
 
-| solver | class |
-|---|---|
+| solver | class | predictions |
+|---|---|---|
 """
 
 
@@ -61,9 +62,14 @@ def text() -> str:
         tried = ", ".join([*runs, *([f"{nested} nested"] if nested else [])])
         tested = ", ".join(name.partition(" ")[2] or "plain" for name in variants)
         lines.append(f"| `{family}` | {tested} | {', '.join(kinds)} | {tried} |\n")
-    lines.append(SOLVER_HEAD)
+    classes = ", ".join(f"`{name.split()[0]}`" for name in SOLVED)
+    lines.append(SOLVER_HEAD.format(classes=classes))
     for name, make in SOLVERS.items():
-        lines.append(f"| {name} | `{type(make()).__name__}` |\n")
+        first = "velocity" if "FlowMatch" in name else "noise"
+        known = {"v_prediction": "v", "sample": "clean sample"}
+        others = [known[kind] for solver, kind in PREDICTING if solver == name]
+        predictions = ", ".join([first, *others])
+        lines.append(f"| {name} | `{type(make()).__name__}` | {predictions} |\n")
     return "".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -23,12 +24,12 @@ PLAN = ("key", "mask", "jump", "key", "mask", "mask")
 each = pytest.mark.parametrize("name", ALL)
 
 
-def drawn(pipe: Loop, batch: int = 2) -> torch.Tensor:
+def drawn(pipe: Loop, batch: int = 2, steps: int = STEPS) -> torch.Tensor:
     """Final latents of fixed seeds."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
     torch.manual_seed(5)  # solvers that add noise draw it from here
     with record(pipe) as tape:
-        pipe(batch_size=batch, generator=generators)
+        pipe(batch_size=batch, num_inference_steps=steps, generator=generators)
     return tape.latents[-1]
 
 
@@ -37,7 +38,7 @@ def policy(pipe: Loop, steps: tuple[str, ...], mix: Mix | None = None) -> Policy
     masks = candidate_masks(discover(pipe.transformer))
     name = "frdiff" if "frdiff" in masks else next(iter(masks))
     return sampler.compose(
-        pipe, "tiny", steps, {"mask": masks[name]}, mix or Constant(), replaces=STEPS,
+        pipe, "tiny", steps, {"mask": masks[name]}, mix or Constant(), replaces=len(steps),
         latent_shape=(1,),
     )  # fmt: skip
 
@@ -101,8 +102,8 @@ SOLVERS: dict[str, Any] = {
     "KDPM2": diffusers.KDPM2DiscreteScheduler,
     "KDPM2 ancestral": diffusers.KDPM2AncestralDiscreteScheduler,
     "DPM-Solver++ 2M": diffusers.DPMSolverMultistepScheduler,
-    "DPM-Solver++ 2M SDE": lambda: diffusers.DPMSolverMultistepScheduler(
-        algorithm_type="sde-dpmsolver++"
+    "DPM-Solver++ 2M SDE": partial(
+        diffusers.DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"
     ),
     "DPM-Solver++ 2S": diffusers.DPMSolverSinglestepScheduler,
     "DEIS": diffusers.DEISMultistepScheduler,
@@ -115,7 +116,40 @@ SOLVERS: dict[str, Any] = {
 }
 
 
+SOLVED = (
+    "UNet2DModel", "UNet2DConditionModel sd", "DiTTransformer2DModel", "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOLVED)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_runs_with_every_solver(solver: str) -> None:
+def test_runs_with_every_solver(solver: str, name: str) -> None:
     """The laws of whole runs hold for solvers with stages, memory and noise."""
-    check_runs(Loop("UNet2DModel", SOLVERS[solver]()))
+    check_runs(Loop(name, SOLVERS[solver]()))
+
+
+ONLY_NOISE_AND_V = ("PNDM", "Euler ancestral", "KDPM2", "KDPM2 ancestral", "EDM Euler",
+                    "EDM DPM-Solver++ 2M")  # fmt: skip
+PREDICTING = [(name, "v_prediction") for name in SOLVERS if "FlowMatch" not in name]
+PREDICTING += [(name, "sample") for name, _ in PREDICTING if name not in ONLY_NOISE_AND_V]
+
+
+@pytest.mark.parametrize(("solver", "prediction"), PREDICTING)
+def test_runs_of_networks_that_predict_otherwise(solver: str, prediction: str) -> None:
+    """The same laws where what is held is another form of what the network predicts."""
+    check_runs(Loop("UNet2DModel", SOLVERS[solver](prediction_type=prediction)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("solver", ["DDIM", "Euler"])
+def test_holding_is_sampling_on_the_keyframes(solver: str, prediction: str) -> None:
+    """With every second step held, DDIM and Euler land where the coarser grid lands."""
+    options: dict[str, Any] = dict(prediction_type=prediction, timestep_spacing="trailing")
+    if solver == "DDIM":
+        options |= dict(clip_sample=False)
+    pipe = Loop("UNet2DModel", SOLVERS[solver](**options))
+    with sampler.reuse(pipe, policy(pipe, ("key", "jump") * 4)):
+        held = drawn(pipe, steps=8)
+    coarse = drawn(Loop("UNet2DModel", SOLVERS[solver](**options)), steps=4)
+    torch.testing.assert_close(held, coarse, rtol=1e-3, atol=1e-3)
