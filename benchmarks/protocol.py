@@ -12,6 +12,7 @@ import torch
 
 from autofr import zoo
 from autofr.profiling import device_name, versions
+from autofr.task import as_task
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
 
@@ -20,6 +21,25 @@ def load(model: str, threads: int) -> Any:
     """The pipe, with an explicit number of threads."""
     torch.set_num_threads(threads)
     return zoo.load(model).pipe
+
+
+def random_dit() -> Any:
+    """A DiT-S/2-like pipe with random weights: its times are real, its pictures are not."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8,
+        num_layers=12, sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), latent_channels=4,
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return as_task(pipe)
 
 
 def write(name: str, pipe: Any, command: str, rows: list[dict[str, Any]], note: str) -> None:
