@@ -144,10 +144,12 @@ def calibrate(
 
     Scores are compared as the scheduler gets them (after guidance), in the form in which they are
     held. Cost: N keyframes and about N * max_gap * len(masks) reduced evaluations.
-    Raises: MeasurementError when the model gives NaN, or the pipe's loop begins in the middle.
+    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps
+        or changes its denoiser on the way.
     """
     with record(pipe, calls=True) as tape:
         draw(pipe, seeds, steps)
+    guidance.check_plannable(pipe, tape)
     teacher = _Teacher(tape, len(seeds))
     n, m = teacher.steps, len(masks)
     scores = torch.stack([teacher.score(i) for i in range(n)])
@@ -180,16 +182,6 @@ class _Teacher:
     """The first pass of every step of a recorded run: its calls, and how they make a score."""
 
     def __init__(self, tape: Tape, samples: int) -> None:
-        if tape.calls[0].at or len(tape.scores) != len(tape.steps):
-            raise MeasurementError(
-                "this pipe's loop leaves out steps (a strength below 1?), so nothing can be planned"
-                " for all of them: search with the whole run, and apply the policy to the part"
-            )
-        if len({id(call.module) for call in tape.calls}) > 1:
-            raise MeasurementError(
-                "this pipe changes its denoiser during a run; policies for two experts can be"
-                " applied, but not planned yet"
-            )
         self._denoiser = tape.calls[0].module
         by_pass: dict[int, list[Call]] = {}
         for call in tape.calls:

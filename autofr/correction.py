@@ -17,7 +17,7 @@ import torch
 from autofr import guidance
 from autofr.clock import bare_scheduler
 from autofr.held import Form
-from autofr.mix import Table
+from autofr.mix import KEY, Table
 from autofr.points import Pipe
 from autofr.policy import Policy
 from autofr.recording import Tape, record
@@ -28,17 +28,28 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The teacher's latents after every pass of the loop, on calibration seeds."""
+    """The teacher's latents after every pass of the loop, on calibration seeds.
+
+    `steps` maps each pass to its solver step.
+    """
 
     seeds: tuple[int, ...]
+    steps: tuple[int, ...]
     latents: tuple[torch.Tensor, ...]
+
+    def fits(self, policy: Policy) -> bool:
+        """Whether the policy has the same steps, and reuses only at those of one pass."""
+        if max(self.steps) + 1 != len(policy.steps):
+            return False
+        reused = (i for i, step in enumerate(policy.steps) if step != KEY)
+        return all(self.steps.count(step) == 1 for step in reused)
 
 
 def trajectory(pipe: Pipe, seeds: Sequence[int], steps: int) -> Trajectory:
     """Run the teacher once and keep its path (a few hundred kilobytes for latent models)."""
     with record(pipe) as tape:
         draw(pipe, seeds, steps)
-    return Trajectory(tuple(seeds), tuple(tape.latents))
+    return Trajectory(tuple(seeds), tuple(tape.steps), tuple(tape.latents))
 
 
 class _Mixed(NamedTuple):
@@ -54,10 +65,11 @@ class _Mixed(NamedTuple):
 def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) -> Policy:
     """Refit the mix table along the policy's own path, on the teacher's seeds.
 
-    A policy without a fitted table, or with another number of steps than the teacher, is returned
-    as it is. Exact for solvers whose step is linear in the score.
+    A policy without a fitted table, with another number of steps than the teacher, or that reuses
+    at steps with several stages, is returned as it is. Exact for solvers whose step is linear in
+    the score.
     """
-    if not isinstance(policy.mix, Table) or len(policy.steps) != len(teacher.latents):
+    if not isinstance(policy.mix, Table) or not teacher.fits(policy):
         return policy
     rows = list(policy.mix.weights)
     parts: dict[int, list[_Mixed]] = {}
@@ -70,11 +82,12 @@ def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) ->
         parts.setdefault(step, []).append(_Mixed(form, sample, reduced, held))
 
     def revise(score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        step = len(tape.latents)
+        index = len(tape.latents)
+        step = teacher.steps[index]
         branches = parts.pop(step, None)
         if not branches:
             return score
-        wanted = _wanted_score(pipe, tape, score, sample, teacher.latents[step])
+        wanted = _wanted_score(pipe, tape, score, sample, teacher.latents[index])
         basis = _Basis.of(branches, rows[step], score, len(teacher.seeds))
         if wanted is None or basis is None:
             return score

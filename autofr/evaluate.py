@@ -15,7 +15,7 @@ import torch
 from autofr.baselines import Group
 from autofr.errors import MeasurementError
 from autofr.latency import median_interval, seconds
-from autofr.points import Pipe, find_denoiser
+from autofr.points import Pipe, device_of, find_denoiser
 from autofr.policy import Interval, Policy
 from autofr.quality import Features, mean_interval, relative_error
 from autofr.recording import record
@@ -92,7 +92,7 @@ class Pulse:
     """
 
     def __init__(self, pipe: Pipe, calls: int = 2) -> None:
-        self._denoiser, self._calls = find_denoiser(pipe), calls
+        self._denoiser, self._device, self._calls = find_denoiser(pipe), device_of(pipe), calls
         self._call: tuple[Any, Any] | None = None
         self._ratio = 1.0
         self.taken: list[tuple[float, float]] = []
@@ -103,7 +103,7 @@ class Pulse:
         assert self._call is not None
         args, kwargs = self._call
         return sum(
-            seconds(lambda: self._denoiser(*args, **kwargs), self._denoiser.device)
+            seconds(lambda: self._denoiser(*args, **kwargs), self._device)
             for _ in range(self._calls)
         )
 

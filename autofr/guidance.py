@@ -13,22 +13,44 @@ from typing import Any
 
 import torch
 
-from autofr.points import Pipe, sample_of
+from autofr.errors import ModelError
+from autofr.points import Pipe, experts, name_of, sample_of
 from autofr.policy import Guidance
-from autofr.recording import Call, record
+from autofr.recording import Call, Tape, record
 from autofr.sampler import draw
 
 LINEAR = 0.02  # relative error above which a step is not called linear
 
 
 def of(pipe: Pipe) -> Guidance:
-    """Tell from a short run how many branches a step has, and whether they share a call."""
+    """Tell from a short run how many branches a step has, and whether they share a call.
+
+    Raises: ModelError for a pipe that nothing can be planned for; see `check_plannable`.
+    """
     with record(pipe, calls=True) as tape:
-        draw(pipe, [0], 2)
+        draw(pipe, [0], 3)
+    check_plannable(pipe, tape)
     calls = [call for call in tape.calls if call.at == tape.calls[0].at]
     if len(calls) > 1:
         return "split"
     return "batched" if len(calls[0].output) > 1 else "none"
+
+
+def check_plannable(pipe: Pipe, tape: Tape) -> None:
+    """Refuse what planning does not know: policies can be applied to it all the same.
+
+    Raises: ModelError for a run that leaves out steps, or changes its denoiser on the way.
+    """
+    if len(experts(pipe)) > 1:
+        raise ModelError(
+            f"{name_of(pipe)} changes its denoiser during a run: policies for two experts can be"
+            " applied, but not searched yet"
+        )
+    if tape.calls[0].at or len(tape.scores) != len(tape.steps):
+        raise ModelError(
+            f"{name_of(pipe)} leaves out steps (a strength below 1?), so that nothing can be"
+            " planned for all of them: search with whole runs, and apply the policy to the part"
+        )
 
 
 @dataclass(frozen=True)

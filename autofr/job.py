@@ -10,7 +10,7 @@ from autofr import profile_pictures, profiling, report, sampler, verify
 from autofr.calibration import candidate_masks
 from autofr.families import discover
 from autofr.latency import seconds
-from autofr.points import Pipe, find_denoiser, name_of
+from autofr.points import Pipe, device_of, find_denoiser, name_of
 from autofr.policy import Measured, Policy
 from autofr.profiling import Profile
 from autofr.quality import Features
@@ -72,7 +72,7 @@ def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
 
 def _call_seconds(pipe: Pipe, settings: Settings) -> float:
     """Seconds of the unaccelerated call, from the difference of two that are shorter."""
-    draw, device = partial(sampler.draw, pipe, range(settings.batch)), find_denoiser(pipe).device
+    draw, device = partial(sampler.draw, pipe, range(settings.batch)), device_of(pipe)
     draw(2)  # warms up
     long, short = (seconds(partial(draw, steps), device) for steps in (12, 2))
     return settings.steps * (long - short) / 10

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from autofr.errors import ModelError
@@ -91,15 +92,21 @@ def find_denoiser(pipe: Pipe) -> nn.Module:
     A module wrapped by `torch.compile` is looked through.
     Raises: ModelError when it has neither, or no scheduler.
     """
-    for name in ("unet", "transformer"):
+    for name in ("unet", "transformer", "prior", "decoder"):
         module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
+        cascade = type(module).__name__ == "StableCascadeUNet"  # a stage of its own pipeline
+        if isinstance(module, nn.Module) and (cascade or name in ("unet", "transformer")):
             if getattr(pipe, "scheduler", None) is None:
                 raise ModelError(f"{name_of(pipe)} has no scheduler; autofr needs one")
             return getattr(module, "_orig_mod", module)
     raise ModelError(
         f"{name_of(pipe)} has no denoiser: expected a component `unet` or `transformer`"
     )
+
+
+def device_of(pipe: Pipe) -> torch.device:
+    """Where the pipe computes; an offloaded denoiser waits elsewhere."""
+    return getattr(pipe, "_execution_device", None) or find_denoiser(pipe).device
 
 
 def experts(pipe: Pipe) -> list[nn.Module]:

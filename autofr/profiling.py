@@ -19,7 +19,7 @@ from autofr.latency import Costs, measure_costs, synchronize
 from autofr.memory import Memory
 from autofr.mix import JUMP, KEY
 from autofr.patch import HOLD, Patch
-from autofr.points import SCORE, Given, Pipe, Point, find_denoiser, fingerprint
+from autofr.points import SCORE, Given, Pipe, Point, device_of, find_denoiser, fingerprint
 from autofr.policy import AS_IS, Keep
 from autofr.recording import record
 from autofr.sampler import draw
@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 def device_name(pipe: Pipe) -> str:
     """The device that the denoiser is on, by its product name."""
-    device = find_denoiser(pipe).device
+    device = device_of(pipe)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -230,7 +230,7 @@ def _point_seconds(
     }
     paths = {path for p in timed.values() for path in (p.module, p.keep_at, *p.skips)} | shortcuts
     modules = {path: denoiser.get_submodule(path) for path in paths}
-    with _stopwatches(modules, denoiser.device) as times:
+    with _stopwatches(modules, device_of(pipe)) as times:
         for _ in range(rounds):
             denoiser(*args, **kwargs)
     median = {n: sorted(values)[len(values) // 2] if values else 0.0 for n, values in times.items()}
@@ -284,7 +284,7 @@ def costs_of(
     try:
         with torch.inference_mode():
             return measure_costs(
-                whole, evaluate, steps, [*masks], device=denoiser.device, on_round=on_progress
+                whole, evaluate, steps, [*masks], device=device_of(pipe), on_round=on_progress
             )
     finally:
         patch.remove()

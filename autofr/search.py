@@ -69,6 +69,7 @@ class Search:
             NaN or latency does not settle.
         """
         settings = self.settings
+        self._guidance = guidance.of(self.pipe)
         self._profile = self._timed("profile", self._measure_profile)
         self._costs = self._profile.costs
         self._target = settings.budget.seconds_of(self._costs.teacher(settings.steps))
@@ -154,7 +155,6 @@ class Search:
             on_progress=lambda done, total: self.on_progress("teacher", done, total),
         )
         self._latent_shape = tuple(found.teacher.latents.shape[1:])
-        self._guidance = guidance.of(self.pipe)
         return found
 
     def candidate(self, decoded: Decoded) -> Candidate:

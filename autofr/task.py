@@ -18,12 +18,16 @@ import numpy as np
 import torch
 
 from autofr.errors import ModelError, TaskError
-from autofr.points import Pipe, find_denoiser
+from autofr.points import Pipe, find_denoiser, name_of
 
 Inputs = Sequence[Mapping[str, Any]]
 """One row of call arguments per sample: `{"prompt": "a cat"}`, `{"class_labels": 3}`, ..."""
 
 OWN = ("num_inference_steps", "generator", "output_type", "batch_size", "return_dict")
+STARTS = ("image", "mask_image", "control_image", "video")
+FROM_IMAGES = (
+    "Img2Img", "ImageToVideo", "I2V", "Inpaint", "Upscale", "Pix2Pix", "Depth2Img", "ControlNet",
+)  # fmt: skip
 PROMPTS = (
     "a red bicycle leaning against a white wall",
     "portrait of an old fisherman, soft light",
@@ -60,7 +64,7 @@ class Task:
         if unknown:
             usable = ", ".join(name for name in known if name not in OWN)
             raise TaskError(
-                f"{type(pipe).__name__} takes no {', '.join(unknown)} from the inputs; its call"
+                f"{name_of(pipe)} takes no {', '.join(unknown)} from the inputs; its call"
                 f" takes {usable}"
             )
         if not inputs or any(set(row) != set(inputs[0]) for row in inputs):
@@ -146,16 +150,19 @@ def as_task(
     if "batch_size" in known and not inputs and not call:
         return pipe
     if "batch_size" in known:
-        raise TaskError(f"{type(pipe).__name__} draws from noise alone: it takes no inputs")
+        raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
     if inputs:
         return Task(pipe, inputs, call)
-    wanted = ("image", "mask_image", "control_image", "video", "ip_adapter_image")
-    required = [n for n in wanted if n in known and n not in (call or {}) and _needed(known[n], n)]
+    required = [
+        name
+        for name, parameter in known.items()
+        if name in STARTS and name not in (call or {}) and _needed(pipe, parameter)
+    ]
     if required:
         row = {"prompt": "a cat"} if "prompt" in known else {}
         row |= {name: "cat.png" for name in required}
         raise TaskError(
-            f"{type(pipe).__name__} starts from {' and '.join(required)}: give --inputs, a file"
+            f"{name_of(pipe)} starts from {' and '.join(required)}: give --inputs, a file"
             f" with a JSON object per line such as {json.dumps(row)}"
         )
     if "class_labels" in known:
@@ -163,16 +170,17 @@ def as_task(
     if "prompt" in known:
         return Task(pipe, [{"prompt": prompt} for prompt in PROMPTS], call)
     raise TaskError(
-        f"autofr does not know what {type(pipe).__name__} draws from: give --inputs, a file with a"
+        f"autofr does not know what {name_of(pipe)} draws from: give --inputs, a file with a"
         f" JSON object per line; its call takes {', '.join(known)}"
     )
 
 
-def _needed(parameter: inspect.Parameter, name: str) -> bool:
-    """Whether a call without this image would fail; SD's adapters and ControlNets are optional."""
-    return name in ("image", "mask_image") and (
-        parameter.default in (inspect.Parameter.empty, None)
-    )
+def _needed(pipe: Pipe, parameter: inspect.Parameter) -> bool:
+    """Whether a call without this image would fail; signatures alone do not always say it."""
+    if parameter.default is inspect.Parameter.empty:
+        return True
+    name = name_of(pipe)
+    return parameter.name in STARTS and any(word in name for word in FROM_IMAGES)
 
 
 def _labels(pipe: Pipe) -> int:

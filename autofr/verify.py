@@ -13,7 +13,7 @@ from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate, draw_all, interval
 from autofr.latency import Paired, paired
 from autofr.mix import executed
-from autofr.points import Pipe, find_denoiser
+from autofr.points import Pipe, device_of
 from autofr.policy import Fid, Interval, Measured, Policy
 from autofr.profiling import device_name, versions
 from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
@@ -70,7 +70,7 @@ def time_policy(
         return paired(
             call,
             call,
-            device=find_denoiser(pipe).device,
+            device=device_of(pipe),
             before=before,
             on_pair=on_pair,
             half_width=half_width,
