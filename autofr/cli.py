@@ -54,7 +54,11 @@ TimeLimit = Annotated[
 Out = Annotated[Path | None, typer.Option(help="folder of the run; default results/MODEL-BUDGET")]
 Inputs = Annotated[
     Path | None,
-    typer.Option(help="prompts, a line each; or .jsonl: an object of call arguments per line"),
+    typer.Option(
+        "--inputs",
+        "--prompts",
+        help="prompts, a line each; or .jsonl: an object of call arguments per line",
+    ),
 ]
 Call = Annotated[
     list[str] | None,

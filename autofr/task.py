@@ -64,8 +64,7 @@ class Task:
         if unknown:
             usable = ", ".join(name for name in known if name not in OWN)
             raise TaskError(
-                f"{name_of(pipe)} takes no {', '.join(unknown)} from the inputs; its call"
-                f" takes {usable}"
+                f"{name_of(pipe)} cannot be given {', '.join(unknown)}; its call takes {usable}"
             )
         if not inputs or any(set(row) != set(inputs[0]) for row in inputs):
             raise TaskError("inputs: expected at least one row, and the same arguments in all rows")
@@ -91,7 +90,11 @@ class Task:
         given |= self._call
         if "class_labels" in given:
             given["class_labels"] = list(np.atleast_1d(given["class_labels"]).tolist())
-        own = {"num_inference_steps": num_inference_steps, "output_type": output_type}
+        own = {
+            "num_inference_steps": num_inference_steps,
+            "output_type": output_type,
+            "batch_size": batch_size,
+        }
         given |= {name: value for name, value in own.items() if name in self._known}
         return SimpleNamespace(images=_images(self._pipe(**given)))
 
@@ -149,6 +152,8 @@ def as_task(
     known = inspect.signature(pipe.__call__).parameters
     if "batch_size" in known and not inputs and not call:
         return pipe
+    if "batch_size" in known and not inputs:
+        return Task(pipe, [{}], call)
     if "batch_size" in known:
         raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
     if inputs:

@@ -884,9 +884,9 @@ def test_a_model_that_asks_for_more_than_timesteps_has_no_other_solvers(task_of:
 @pytest.mark.parametrize(
     ("inputs", "call", "said"),
     [
-        ([{"promt": "a cat"}], {}, "takes no promt"),
-        ([{"prompt": "a cat"}], {"guidance": 3}, "takes no guidance"),
-        ([{"prompt": "a cat"}], {"generator": 3}, "takes no generator"),
+        ([{"promt": "a cat"}], {}, "cannot be given promt"),
+        ([{"prompt": "a cat"}], {"guidance": 3}, "cannot be given guidance"),
+        ([{"prompt": "a cat"}], {"generator": 3}, "cannot be given generator"),
         ([], {}, "at least one row"),
         ([{"prompt": "a"}, {"prompt": "b", "negative_prompt": "c"}], {}, "same arguments"),
     ],
@@ -996,10 +996,10 @@ def test_the_command_line_refuses_what_a_pipe_does_not_take(
     prompts.write_text("a cat\n", encoding="utf-8")
     out = ["--out", tmp_path / "run", "--threads", 1]
     sd = ["search", "--model", folder("sd"), *out]
-    refused(autofr(*sd, "--call", "guidance=3"), "takes no guidance", "guidance_scale")
+    refused(autofr(*sd, "--call", "guidance=3"), "cannot be given guidance", "guidance_scale")
     refused(autofr(*sd, "--call", "guidance_scale"), "expected NAME=VALUE")
     refused(autofr(*sd, "--inputs", tmp_path / "nowhere.txt"), "nowhere.txt", "cannot be read")
     svd = ["search", "--model", folder("svd"), *out]
     refused(autofr(*svd), "starts from image", "--inputs")
-    refused(autofr(*svd, "--inputs", prompts), "takes no prompt")
+    refused(autofr(*svd, "--inputs", prompts), "cannot be given prompt")
     assert not (tmp_path / "run").exists()
