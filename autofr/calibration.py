@@ -89,6 +89,7 @@ class Calibration:
     mask m at step i, kept at i - 1 - g', with the teacher's score j. `own` (M, N, G): the reduced
     score with itself. Entries that no keyframe reaches are NaN. `gain` (N,): how a unit error of
     the score at a step moves the final latents. `norm`: mean squared norm of the final latents.
+    `switch`: the step at which a second denoiser takes over; 0 where there is one only.
     """
 
     masks: tuple[str, ...]
@@ -97,6 +98,7 @@ class Calibration:
     own: np.ndarray
     gain: np.ndarray
     norm: float
+    switch: int = 0
 
     @property
     def steps(self) -> int:
@@ -111,7 +113,7 @@ class Calibration:
         part = path.with_suffix(".part.npz")
         np.savez_compressed(
             part, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
-            own=self.own, gain=self.gain, norm=self.norm,
+            own=self.own, gain=self.gain, norm=self.norm, switch=self.switch,
         )  # fmt: skip
         part.replace(path)
 
@@ -125,7 +127,7 @@ class Calibration:
             with np.load(path, allow_pickle=False) as file:
                 return cls(
                     tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
-                    file["gain"], float(file["norm"]),
+                    file["gain"], float(file["norm"]), int(file["switch"]),
                 )  # fmt: skip
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             raise damaged(path) from None
@@ -144,8 +146,7 @@ def calibrate(
 
     Scores are compared as the scheduler gets them (after guidance), in the form in which they are
     held. Cost: N keyframes and about N * max_gap * len(masks) reduced evaluations.
-    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps
-        or changes its denoiser on the way.
+    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps.
     """
     with record(pipe, calls=True) as tape:
         draw(pipe, seeds, steps)
@@ -161,7 +162,7 @@ def calibrate(
     try:
         for key in range(n - 1):
             teacher.run(key, patch.keyframe)
-            for gap in range(1, min(max_gap, n - 1 - key) + 1):
+            for gap in range(1, min(max_gap, teacher.last_of(key) - key) + 1):
                 for index in range(m):
                     step = key + gap
                     outputs = teacher.run(step, partial(patch.reduced, index + 1))
@@ -175,14 +176,14 @@ def calibrate(
     products = (scores @ scores.T).cpu().numpy()
     final = tape.latents[-1][: len(seeds)].double()
     gain = step_gains(tape) / teacher.slopes
-    return Calibration(tuple(masks), products, cross, own, gain, float(final.square().sum()))
+    norm = float(final.square().sum())
+    return Calibration(tuple(masks), products, cross, own, gain, norm, teacher.switch)
 
 
 class _Teacher:
     """The first pass of every step of a recorded run: its calls, and how they make a score."""
 
     def __init__(self, tape: Tape, samples: int) -> None:
-        self._denoiser = tape.calls[0].module
         by_pass: dict[int, list[Call]] = {}
         for call in tape.calls:
             by_pass.setdefault(call.at, []).append(call)
@@ -195,6 +196,9 @@ class _Teacher:
             for k in first
         ]
         self.steps = len(first)
+        modules = [calls[0].module for calls in self._calls]
+        changed = (i for i, module in enumerate(modules) if module is not modules[0])
+        self.switch = next(changed, 0)
         self.slopes = np.array([abs(form.q) if form else 1.0 for form in self._forms])
 
     def run(self, step: int, mode: Callable[..., Any]) -> list[Any]:
@@ -203,8 +207,12 @@ class _Teacher:
         for branch, call in enumerate(self._calls[step]):
             args, kwargs = call.given
             with mode(branch=(0, branch)):
-                outputs.append(self._denoiser(*args, **kwargs)[0])
+                outputs.append(call.module(*args, **kwargs)[0])
         return outputs
+
+    def last_of(self, key: int) -> int:
+        """The last step that a keyframe serves: the end, or the denoiser's last."""
+        return self.switch - 1 if key < self.switch else self.steps - 1
 
     def score(self, step: int, outputs: Sequence[Any] | None = None) -> torch.Tensor:
         """The step's score (of these outputs, or the teacher's), as it is held: flat, float64."""

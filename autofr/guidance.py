@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from autofr.errors import ModelError
-from autofr.points import Pipe, experts, name_of, sample_of
+from autofr.points import Pipe, name_of, sample_of
 from autofr.policy import Guidance
 from autofr.recording import Call, Tape, record
 from autofr.sampler import draw
@@ -39,13 +39,8 @@ def of(pipe: Pipe) -> Guidance:
 def check_plannable(pipe: Pipe, tape: Tape) -> None:
     """Refuse what planning does not know: policies can be applied to it all the same.
 
-    Raises: ModelError for a run that leaves out steps, or changes its denoiser on the way.
+    Raises: ModelError for a run that leaves out steps.
     """
-    if len(experts(pipe)) > 1:
-        raise ModelError(
-            f"{name_of(pipe)} changes its denoiser during a run: policies for two experts can be"
-            " applied, but not searched yet"
-        )
     if tape.calls[0].at or len(tape.scores) != len(tape.steps):
         raise ModelError(
             f"{name_of(pipe)} leaves out steps (a strength below 1?), so that nothing can be"

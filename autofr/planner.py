@@ -73,15 +73,28 @@ def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
         for gap in range(1, gaps + 1):
             for before in range(gaps + 1):
                 steps = np.arange(gap + before, n)
-                found = _mixed(calibration, rule.mix, name, steps, gap, before)
-                error[index, steps, gap - 1, before] = found[0]
-                weights[index, steps, gap - 1, before] = found[1]
+                last = steps - gap
+                for used, older in _stretches(steps, last, last - before, calibration.switch):
+                    found = _mixed(calibration, rule.mix, name, used, gap, before if older else 0)
+                    error[index, used, gap - 1, before] = found[0]
+                    weights[index, used, gap - 1, before] = found[1]
     share = np.linspace(-1, 1, n)
     phase = np.where(share < 0, -share * rule.phase[0], share * rule.phase[1])
     scale = calibration.gain**2 * np.exp(phase) / calibration.norm
     np.multiply(error, scale[:, None, None], out=error, where=np.isfinite(error))
     seconds = np.array([costs.of_step(name) for name in names] or [0.0])
     return _Choices(names, error, weights, seconds)
+
+
+def _stretches(
+    steps: np.ndarray, last: np.ndarray, older: np.ndarray, switch: int
+) -> list[tuple[np.ndarray, bool]]:
+    """Steps that one denoiser serves from its own last keyframe, and whether the one before it is
+    its own too. What another denoiser kept is of no use (two experts), so its keyframe is forced.
+    """
+    served = (steps < switch) | (last >= switch)
+    own = (steps < switch) | (older >= switch)
+    return [(steps[served & own], True), (steps[served & ~own], False)]
 
 
 def _mixed(

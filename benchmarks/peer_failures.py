@@ -38,12 +38,12 @@ EVERY_SECOND = [1, 0] * (STEPS // 2)
 # -- DeepCache ------------------------------------------------------------------------------------
 
 
-def deepcache(pipe: Any, mode: str = "uniform") -> Any:
+def deepcache(pipe: Any, mode: str = "uniform", branch: int = 0) -> Any:
     """Enable it with interval 2."""
     from DeepCache import DeepCacheSDHelper
 
     tool = DeepCacheSDHelper(pipe)
-    tool.set_params(cache_interval=2, cache_branch_id=0, skip_mode=mode)
+    tool.set_params(cache_interval=2, cache_branch_id=branch, skip_mode=mode)
     tool.enable()
     return tool
 
@@ -115,6 +115,27 @@ def deepcache_memory() -> Outcome:
     tool = deepcache(pipe)
     draw(pipe)
     return "0 features held after the run", f"{len(tool.cached_output)} features held after the run"
+
+
+def deepcache_freeu() -> Outcome:
+    """FreeU, which scales hidden states in place, changes nothing that is kept."""
+    pipe = UNetPipe()
+    torch.manual_seed(0)
+    pipe.unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    pipe.scheduler.set_timesteps(STEPS)
+    tool = deepcache(pipe, branch=3)
+    sample, text = torch.ones(1, 4, 8, 8), torch.ones(1, 3, 16)
+    pipe.unet(sample, pipe.scheduler.timesteps[0], encoder_hidden_states=text)
+    kept = tool.cached_output["up", "block", 2, 0]  # of the deepest block, which is not computed
+    before = kept.clone()
+    pipe.unet(sample, pipe.scheduler.timesteps[1], encoder_hidden_states=text)
+    return "equal", equal(kept, before)
 
 
 # -- SmoothCache ----------------------------------------------------------------------------------

@@ -28,12 +28,14 @@ from autofr import guidance, job, profile_pictures, report, sampler, zoo
 from autofr.calibration import calibrate, candidate_masks
 from autofr.clock import solver_steps
 from autofr.correction import correct, trajectory
-from autofr.errors import ModelError, PolicyError, TaskError
+from autofr.errors import BudgetError, ModelError, PolicyError, TaskError
 from autofr.evaluate import other_solvers, solver
 from autofr.families import discover
 from autofr.held import forms
+from autofr.latency import Costs
 from autofr.mix import Constant, Mix
 from autofr.patch import Patch
+from autofr.planner import Rule, plan
 from autofr.points import experts, find_denoiser
 from autofr.policy import Policy, load
 from autofr.recording import record
@@ -170,7 +172,7 @@ def test_calls_made_are_calls_planned(task_of: Load, name: str) -> None:
     assert first.latents.isfinite().all() and not torch.equal(first.latents, bare.latents)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan22"])
+@each
 def test_guidance_is_told_from_a_run(task_of: Load, name: str) -> None:
     """One branch, several in a call, or a call for each."""
     assert guidance.of(task_of(name)) == FAMILIES[name].guidance
@@ -636,8 +638,27 @@ def test_each_expert_computes_first(task_of: Load) -> None:
     with sampler.reuse(pipe, policy(pipe, ("key", *["jump"] * 5))) as patch:
         drawn(pipe)
     assert patch.counts == {"key": 4, "jump": 8}
-    with pytest.raises(ModelError, match="changes its denoiser"):
-        calibrate(pipe, SEEDS, N, {}, max_gap=2)
+
+
+def test_plans_let_each_expert_begin_with_a_keyframe(task_of: Load) -> None:
+    """No plan reuses across the change of expert, and a run computes what was planned."""
+    pipe = task_of("wan22")
+    masks = {"mask": masks_of(pipe)["mask"]}
+    found = calibrate(pipe, SEEDS, N, masks, max_gap=4)
+    assert found.switch == 3 and np.isnan(found.own[0, 3:, 2:]).all()
+    costs = Costs(1.0, 0.0, 0.0, {"mask": 0.5})
+    for allowed in (("mask",), ("jump",), ("mask", "jump")):
+        for seconds in (2.2, 3.2, 4.2):
+            try:
+                planned = plan(found, costs, Rule(masks=allowed, max_gap=4), seconds)
+            except BudgetError:
+                continue
+            assert planned.steps[found.switch] == "key"
+            one = policy(pipe, planned.steps, planned.mix)
+            with sampler.reuse(pipe, one) as patch:
+                drawn(pipe)
+            kinds = Counter("mask" if s == "mask" else s for s in planned.steps)
+            assert patch.counts == {kind: 2 * count for kind, count in kinds.items()}
 
 
 def test_the_part_of_a_run_is_not_planned(pipe_of: Load) -> None:
