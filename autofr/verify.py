@@ -24,7 +24,7 @@ NEAR = 1.15  # finalists have at most this many times the least error
 ATTEMPTS = 5
 PATIENCE = 90.0  # seconds of measuring after which a policy that keeps the budget is not replanned
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this
-MEASURING = 240.0  # seconds that all measuring together should take
+MEASURING = 180.0  # seconds that all measuring together should take
 SPARE = 1.015  # a policy that is faster than asked by more than this gives time back
 
 
@@ -109,7 +109,7 @@ def within_budget(
                 settings.steps,
                 settings.batch,
                 on_pair,
-                max_seconds=min(120.0, max(30.0, left)),
+                max_seconds=min(MEASURING / 2, max(30.0, left)),
             )
             asked = settings.budget.speedup_over(timing.first_seconds)
             spare = timing.ratio.low / asked
