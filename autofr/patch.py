@@ -7,11 +7,12 @@ a call does; the step comes from the clock on the scheduler.
 from __future__ import annotations
 
 import functools
+import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -22,11 +23,26 @@ from autofr.clock import Clock, Listener
 from autofr.errors import PolicyError
 from autofr.held import Form, forms
 from autofr.points import Given, Pipe, Point, experts, sample_of, timestep_of
-from autofr.store import COMPUTE, Branch, Kept, Packing, Run, mix, signature, tensors_in, unpack
+from autofr.store import (
+    COMPUTE,
+    MISSING,
+    Branch,
+    Packing,
+    Run,
+    Slot,
+    mix,
+    signature,
+    tensors_in,
+)
 
 HOOK = "autofr"
 HOLD = -1  # a jump: the denoiser is not called
-MISSING = object()  # a leaf has nothing to put back: its module runs
+BREAK = (
+    "autofr decides in Python what each call of the denoiser computes: compile it without fullgraph,"
+    " or its blocks alone by compile_repeated_blocks(fullgraph=True)"
+)
+
+_COUNTED = {COMPUTE: "key", HOLD: "jump"}  # else: mask
 
 Row = tuple[int, tuple[float, ...]]
 """One step of a compiled policy: mask index and mix weights."""
@@ -35,8 +51,8 @@ OnMix = Callable[[int, Form | None, Any, Any, Sequence[Any]], None]
 """(step, form, sample, reduced score or None at a jump, held scores), called before they are mixed;
 scores are in the form in which they are held."""
 
-Action = Callable[[nn.Module, Given, Kept, int], Any]
-"""(module, its arguments, what is kept, how often it ran in this call) -> its output."""
+Action = Callable[[nn.Module, Given], Any]
+"""(module, its arguments) -> its output, or MISSING."""
 
 
 class _Hook(ModelHook):
@@ -45,21 +61,38 @@ class _Hook(ModelHook):
     installed: Any = None  # the forward that calls this hook
 
     def put_on(self, module: nn.Module) -> None:
-        """Register on a module, outside of what is on it."""
+        """Register on a module, outside of what is on it.
+
+        A method where diffusers puts a partial: `torch.compile` knows a method by its code and a
+        partial by its identity, and would compile every block of a transformer anew.
+        """
         HookRegistry.check_if_exists_or_initialize(module).register_hook(self, HOOK)
-        self.installed = module.forward
+        forward = vars(module)["forward"].func
+        forward.__wrapped__ = type(module).forward  # has the signature that pipelines look at
+        self.installed = module.forward = types.MethodType(forward, module)
 
     def is_on(self, module: nn.Module) -> bool:
         """Whether calling the module calls this hook: offloading drops what came after its own."""
         forward = module.forward
         while forward is not None and forward is not self.installed:
             forward = getattr(forward, "__wrapped__", None)
-        return forward is not None
+        return forward is not None and not self._bypassed
+
+    @property
+    def _bypassed(self) -> bool:
+        """Whether diffusers, removing a hook that this one stands on, has cut this one out."""
+        return getattr(self.fn_ref.forward, "func", None) != self.new_forward
 
     def take_off(self, module: nn.Module) -> None:
         """Remove from a module, with diffusers' traces where no other hook is left."""
         outer, registry = module.forward, HookRegistry.check_if_exists_or_initialize(module)
+        if self._bypassed:
+            self.fn_ref.original_forward = self.fn_ref.forward
+        above = registry._fn_refs[registry._hook_order.index(HOOK) + 1 :][:1]
+        replaced = [ref.forward for ref in above if ref.original_forward is not None]
         registry.remove_hook(HOOK, recurse=False)
+        for ref, forward in zip(above, replaced, strict=False):  # diffusers drops a new_forward
+            ref.original_forward, ref.forward = ref.forward, forward
         if outer is not self.installed:  # offloading has come later, and calls this by its name
             if vars(module).get("_old_forward") is self.installed:
                 module._old_forward = module.forward
@@ -83,51 +116,51 @@ class _Hook(ModelHook):
 class _Leaf(_Hook):
     """Keep, put back or skip at one module; `actions[mask]` is None where the module runs.
 
-    A module that runs several times in one call of the denoiser keeps each time apart.
+    `torch.compile` traces it: a graph for keyframes, one for each mask, one for calls outside runs.
     """
 
     def __init__(self, run: Run, masks: int) -> None:
         super().__init__()
         self.run = run
-        self.keeps: list[Point] = []
-        self.enters: list[Point] = []
+        self.keeps: list[tuple[Point, Slot]] = []
+        self.enters: list[Slot] = []
         self.actions: list[Action | None] = [None] * (masks + 1)
-        self._call, self._time = -1, 0
+        self.offloads: list[ModelHook] = []
+
+    def put_on(self, module: nn.Module) -> None:
+        """Register; where blocks are offloaded in groups, one that is skipped still does its part:
+        the first one loads the weights of its group, the last one frees them."""
+        super().put_on(module)
+        hook = module._diffusers_hook.get_hook("group_offloading")
+        self.offloads = [hook] if hook is not None and len(hook.group.modules) > 1 else []
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = self.run
-        self._time = self._time + 1 if self._call == run.call else 0
-        self._call = run.call
         action = self.actions[run.mask]
         if action is not None:
-            found = action(module, (args, kwargs), run.kept, self._time)
+            found = action(module, (args, kwargs))
             if found is not MISSING:
+                for offload in self.offloads:
+                    offload.pre_forward(module)
+                    offload.post_forward(module, found)
                 return found
         if not run.keep:
             return self.fn_ref.original_forward(*args, **kwargs)
-        for point in self.enters:
-            run.kept.entered[point.name] = (args, kwargs)
+        for slot in self.enters:
+            slot.given = args, kwargs
         output = self.fn_ref.original_forward(*args, **kwargs)
-        for point in self.keeps:
-            given = run.kept.entered.pop(point.name, (args, kwargs))
+        for point, slot in self.keeps:
+            given = args, kwargs
+            if slot.given is not None:
+                given, slot.given = slot.given, None
             value = point.keep(module, given, output)
-            if run.packing:
-                value = run.packing.pack(value)
-            run.kept.tensors[_slot(point, self._time)] = value
+            slot.held.append(run.packing.pack(value) if run.packing else value)
         return output
 
 
-def _slot(point: Point, time: int) -> Any:
-    return (point.name, time) if time else point.name
-
-
-def _restore(point: Point, module: nn.Module, given: Given, kept: Kept, time: int) -> Any:
-    held = kept.tensors.get(_slot(point, time), MISSING)
-    return MISSING if held is MISSING else point.restore(module, given, unpack(held))
-
-
-def _skip(skip: Callable[..., Any], module: nn.Module, given: Given, kept: Kept, time: int) -> Any:
-    return skip(module, given)
+def _restore(point: Point, slot: Slot, module: nn.Module, given: Given) -> Any:
+    held = slot.take()
+    return MISSING if held is MISSING else point.restore(module, given, held)
 
 
 class _Direct(_Hook):
@@ -137,14 +170,40 @@ class _Direct(_Hook):
         super().__init__()
         self.patch = patch
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    @torch.compiler.disable(recursive=False, reason=BREAK)
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._begin((args, kwargs))
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self._end()
+        return output
+
+    @torch.compiler.disable
+    def _begin(self, given: Given) -> Given:
         run = self.patch.run
-        run.call += 1
-        return self.patch.prepared(run.mask, (args, kwargs))
+        run.begin(run.mask, run.keep)
+        return self.patch.prepared(run.mask, given)
+
+    @torch.compiler.disable
+    def _end(self) -> None:
+        if self.patch.run.keep and uses_graphs(self.patch.pipe):
+            self.patch.run.kept.own()
+
+
+class _Call(NamedTuple):
+    """What one call of the denoiser does; `prepared` is what the denoiser is given."""
+
+    step: int
+    mask: int
+    weights: tuple[float, ...]
+    given: Given
+    prepared: Given
 
 
 class _Root(_Hook):
-    """Decide per call of one denoiser: compute everything, run reduced, or hold; then mix."""
+    """Decide per call of one denoiser: compute everything, run reduced, or hold; then mix.
+
+    `torch.compile` sees nothing but the denoiser's own forward between `_begin` and `_end`.
+    """
 
     _is_stateful = True  # so that pipelines tell it the name of the guidance branch
 
@@ -158,19 +217,56 @@ class _Root(_Hook):
         """A pipeline that ends its caches ends the run."""
         self.clock.stop()
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False, reason=BREAK)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.clock.step is None:
-            self.patch.check_scheduler()
-            return self.fn_ref.original_forward(*args, **kwargs)
-        given = args, kwargs
-        order, step = self.clock.count_call(timestep_of(given))
-        self.run.call += 1
         try:
-            return self._call(step, self._branch(module, order, given), given)
+            call = self._begin(module, (args, kwargs))
+            if call is None:
+                return self.fn_ref.original_forward(*args, **kwargs)
+            output = None
+            if call.mask != HOLD:
+                args, kwargs = call.prepared
+                output = self.fn_ref.original_forward(*args, **kwargs)
+            return self._end(call, output)
         except BaseException:
             self.clock.stop()
             raise
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, given: Given) -> _Call | None:
+        """Choose the mode of a call and set it; None outside runs."""
+        if self.clock.step is None:
+            self.patch.check_scheduler()
+            return None
+        order, step = self.clock.count_call(timestep_of(given))
+        kept = self.run.select(self._branch(module, order, given))
+        mask, weights = self.plan[step]
+        now = signature(given)
+        if kept.signature != now:
+            kept.forget()
+            kept.signature = now
+        if len(kept.scores) < max(1, len(weights) - 1):
+            mask = COMPUTE
+        if mask == COMPUTE:
+            kept.anchors = [weakref.ref(tensor) for tensor in tensors_in(given)]
+        self.counts[_COUNTED.get(mask, "mask")] += 1
+        if mask == HOLD:
+            return _Call(step, mask, weights, given, given)
+        self.run.begin(mask, keep=mask == COMPUTE)
+        return _Call(step, mask, weights, given, self.patch.prepared(mask, given))
+
+    @torch.compiler.disable
+    def _end(self, call: _Call, output: Any) -> Any:
+        """Hold a keyframe's score; else mix with what is held. Returns the call's output."""
+        self.run.mask, self.run.keep = COMPUTE, False
+        if call.mask == COMPUTE:
+            self._hold(call, output)
+            return output
+        if call.mask != HOLD and call.weights == (1,) and not self.patch.on_mix:
+            return output
+        mixed = self._mixed(call, None if output is None else output[0])
+        kept = self.run.kept
+        return (mixed,) if kept.output_class is tuple else kept.output_class(sample=mixed)
 
     def _branch(self, module: nn.Module, order: int, given: Given) -> Branch:
         """Which guidance branch a call belongs to.
@@ -192,55 +288,26 @@ class _Root(_Hook):
                 return own[0]
         return id(module), order
 
-    def _call(self, step: int, branch: Branch, given: Given) -> Any:
-        run, kept = self.run, self.run.select(branch)
-        mask, weights = self.plan[step]
-        now = signature(given)
-        if mask == COMPUTE or kept.signature != now or len(kept.scores) < len(weights) - 1:
-            return self._compute(kept, step, now, given)
-        if mask == HOLD:
-            self.counts["jump"] += 1
-            return self._wrap(kept, self._mixed(step, given, None, weights))
-        self.counts["mask"] += 1
-        args, kwargs = self.patch.prepared(mask, given)
-        run.mask = mask
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        run.mask = COMPUTE
-        if len(weights) == 1 and weights[0] == 1 and not self.patch.on_mix:
-            return output
-        return self._wrap(kept, self._mixed(step, given, output[0], weights))
+    def _hold(self, call: _Call, output: Any) -> None:
+        kept, form = self.run.kept, self.patch.form
+        kept.output_class = type(output)
+        held = output[0] if form is None else form.noise(sample_of(call.given), output[0])
+        # A second stage of the same solver step replaces the first one's score.
+        older = kept.scores[1:] if kept.step == call.step else kept.scores
+        kept.scores = [held, *older][: self.order]
+        kept.step = call.step
+        if self.patch.graphs:
+            kept.own()
 
-    def _mixed(self, step: int, given: Given, reduced: Any, weights: tuple[float, ...]) -> Any:
+    def _mixed(self, call: _Call, reduced: Any) -> Any:
         form, scores = self.patch.form, self.run.kept.scores
-        sample = sample_of(given)
+        sample = sample_of(call.given)
         if form is not None and reduced is not None:
             reduced = form.noise(sample, reduced)
         if self.patch.on_mix:
-            self.patch.on_mix(step, form, sample, reduced, scores)
-        mixed = mix(reduced, scores, weights)
+            self.patch.on_mix(call.step, form, sample, reduced, scores)
+        mixed = mix(reduced, scores, call.weights)
         return mixed if form is None else form.score(sample, mixed)
-
-    def _compute(self, kept: Kept, step: int, now: tuple[Any, ...], given: Given) -> Any:
-        self.counts["key"] += 1
-        if kept.signature != now:
-            kept.forget()
-            kept.signature = now
-        kept.anchors = [weakref.ref(tensor) for tensor in tensors_in(given)]
-        args, kwargs = given
-        self.run.mask, self.run.keep = COMPUTE, True
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        self.run.keep = False
-        kept.output_class = type(output)
-        form = self.patch.form
-        held = output[0] if form is None else form.noise(sample_of(given), output[0])
-        # A second stage of the same solver step replaces the first one's score.
-        older = kept.scores[1:] if kept.step == step else kept.scores
-        kept.scores = [held, *older][: self.order]
-        kept.step = step
-        return output
-
-    def _wrap(self, kept: Kept, score: Any) -> Any:
-        return (score,) if kept.output_class is tuple else kept.output_class(sample=score)
 
 
 class Patch(Listener):
@@ -265,6 +332,7 @@ class Patch(Listener):
         self.masks, self.plan = masks, plan
         self.run, self.counts = Run(packing), Counter[str]()
         self.on_mix: OnMix | None = None
+        self.graphs = False
         self._forms: list[Form] | None = None
         self._prepares = [
             [point.prepare for point in mask if point.prepare] for mask in ((), *masks)
@@ -354,15 +422,16 @@ class Patch(Listener):
 
         for index, mask in enumerate(self.masks, start=1):
             for point in mask:
+                slot = self.run.slot(point.name)
                 keeper = leaf(point.keep_at)
-                if point not in keeper.keeps:
-                    keeper.keeps.append(point)
+                if point not in [kept for kept, _ in keeper.keeps]:
+                    keeper.keeps.append((point, slot))
                     if point.enter_at is not None:
-                        leaf(point.enter_at).enters.append(point)
-                leaf(point.restore_at).actions[index] = functools.partial(_restore, point)
+                        leaf(point.enter_at).enters.append(slot)
+                leaf(point.restore_at).actions[index] = functools.partial(_restore, point, slot)
             for point in mask:  # skips win: an outer point makes the inner ones irrelevant
                 for path, skip in point.skips.items():
-                    leaf(path).actions[index] = functools.partial(_skip, skip)
+                    leaf(path).actions[index] = skip
         return leaves
 
     def _register(self, denoiser: nn.Module, path: str, hook: _Hook) -> None:
@@ -393,12 +462,22 @@ class Patch(Listener):
             )
         self.counts.clear()
         self._forms = forms(self.pipe.scheduler)
+        self.graphs = uses_graphs(self.pipe)
         self._follow_replaced()
 
     def stopped(self) -> None:
         """A run is over: free what it kept."""
         self.run.peak_bytes = max(self.run.peak_bytes, self.run.kept_bytes)
         self.run.clear()
+
+
+def uses_graphs(pipe: Any) -> bool:
+    """Whether a compiled denoiser runs as CUDA graphs (`mode="reduce-overhead"`): each call writes
+    its outputs to the same memory."""
+    modules = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
+    calls = [getattr(module, "_compiled_call_impl", None) for module in modules]
+    configs = [getattr(compiled, "get_compiler_config", dict)() for compiled in (*modules, *calls)]
+    return any((config or {}).get("triton.cudagraphs") for config in configs)
 
 
 BAR = "progress_bar"

@@ -84,8 +84,7 @@ def measure_similarity(
         if not bool(score.isfinite().all()):
             raise MeasurementError(f"the model returned NaN or infinity at step {step}")
         kept = patch.run.kept.tensors
-        now = {name: kept[name] for name in points if name in kept} | {SCORE: score}
-        kept.clear()
+        now = {name: list(kept[name]) for name in points if kept[name]} | {SCORE: score}
         if step not in comparison.compared:
             comparison.add(step, now)
             if on_progress:

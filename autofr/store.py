@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from autofr.points import Given
 
 COMPUTE = 0  # index of the empty mask: a keyframe
+MISSING = object()  # a slot has nothing to put back: the module runs
 Branch = tuple[int, int | str]
 """Which denoiser of the pipe, and which guidance branch: its place in the step or its name."""
 
@@ -59,6 +60,8 @@ def map_tensors(change: Any, value: Any) -> Any:
     """The same nesting of lists and tuples with every tensor changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
+    if isinstance(value, _Packed):
+        return replace(value, stored=change(value.stored))
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(change, item) for item in value)
     return value
@@ -68,14 +71,12 @@ def map_tensors(change: Any, value: Any) -> Any:
 class Kept:
     """What one guidance branch of one denoiser holds.
 
-    `tensors`: what points keep, by name (and time, for a module that runs several times in one
-    call); `entered`: arguments at the start of a run of modules, until its end is kept; `scores`:
-    keyframe scores, newest first, in the form in which they are held. `signature` is that of the
-    denoiser's arguments; `anchors` are those arguments themselves, as long as they live.
+    `tensors`: what points keep, by name, a value for each time that their module ran in one call;
+    `scores`: keyframe scores, newest first, in the form in which they are held. `signature` is that
+    of the denoiser's arguments; `anchors` are those arguments themselves, as long as they live.
     """
 
-    tensors: dict[Any, Any] = field(default_factory=dict)
-    entered: dict[str, Given] = field(default_factory=dict)
+    tensors: dict[str, list[Any]] = field(default_factory=dict)
     scores: list[Any] = field(default_factory=list)
     step: int = -1
     signature: tuple[Any, ...] = ()
@@ -83,10 +84,16 @@ class Kept:
     anchors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
     def forget(self) -> None:
-        """Drop everything that was kept."""
-        self.tensors.clear()
-        self.entered.clear()
+        """Drop everything that was kept; slots go on using the same lists."""
+        for held in self.tensors.values():
+            held.clear()
         self.scores.clear()
+
+    def own(self) -> None:
+        """Copy what is held out of memory that the denoiser's next call writes to."""
+        for held in self.tensors.values():
+            held[:] = map_tensors(torch.clone, held)
+        self.scores = map_tensors(torch.clone, self.scores)
 
     def knows(self, tensors: Sequence[torch.Tensor]) -> set[int]:
         """Which of these very tensors were arguments at the last keyframe."""
@@ -94,30 +101,70 @@ class Kept:
         return living & {id(t) for t in tensors}
 
 
+class Slot:
+    """A point's place in the selected store: leaf hooks reach it without a name or a branch.
+
+    So they look alike from block to block, step to step and run to run, and `torch.compile` can use
+    one graph for all of them. `held` are values in the order of the module's runs in one call,
+    `taken` counts those that were put back, `given` are arguments at the start of a run of modules.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+        self.taken = 0
+        self.given: Given | None = None
+
+    def take(self) -> Any:
+        """The next held value, or MISSING."""
+        at = self.taken
+        self.taken = at + 1
+        return unpack(self.held[at]) if at < len(self.held) else MISSING
+
+
 class Run:
-    """State that all hooks of one patch share; `call` counts the denoiser's calls."""
+    """State that all hooks of one patch share: the mode of the call, and what is held."""
 
     def __init__(self, packing: Packing | None = None) -> None:
         self.packing = packing or Packing()
         self.mask = COMPUTE
         self.keep = False
-        self.call = 0
         self.kept = Kept()
+        self.slots: dict[str, Slot] = {}
         self.branches: dict[Branch, Kept] = {}
         self.peak_bytes = 0
 
+    def slot(self, point: str) -> Slot:
+        """The slot of a point; two experts share it, as only one of them runs at a time."""
+        return self.slots.setdefault(point, Slot())
+
     def clear(self) -> None:
         """Free everything that was kept."""
-        self.mask, self.keep, self.kept = COMPUTE, False, Kept()
+        self.mask, self.keep = COMPUTE, False
         self.branches.clear()
+        self._use(Kept())
 
     def select(self, branch: Branch) -> Kept:
         """Make a branch's store the one that the hooks use."""
         kept = self.branches.get(branch)
         if kept is None:
             kept = self.branches[branch] = Kept()
-        self.kept = kept
+        if kept is not self.kept:
+            self._use(kept)
         return kept
+
+    def _use(self, kept: Kept) -> None:
+        self.kept = kept
+        for name, slot in self.slots.items():
+            slot.held = kept.tensors.setdefault(name, [])
+            slot.given = None
+
+    def begin(self, mask: int, keep: bool) -> None:
+        """Set what the leaf hooks do in a call of the denoiser; keeping starts from nothing."""
+        self.mask, self.keep = mask, keep
+        for slot in self.slots.values():
+            slot.taken = 0
+            if keep:
+                slot.held.clear()
 
     @property
     def kept_bytes(self) -> int:

@@ -79,6 +79,8 @@ FAILURES = (
             BRANCHES, on.deepcache_split),
     Failure(DC, "a batch that shrinks during a run", "test_the_batch_may_change_during_a_run",
             on.deepcache_batch),
+    Failure(DC, "FreeU scales what is kept, again at every step (branch 3)",
+            "test_what_is_kept_is_not_changed_in_place", on.deepcache_freeu),
     Failure(DC, "features are held after the run", "test_nothing_is_held_after_a_run",
             on.deepcache_memory),
     Failure(DC, "a run after an error", ERRORS, lambda: after_an_error(UNetPipe(), on.deepcache)),
@@ -219,9 +221,10 @@ def main() -> None:
         f" {made.count('yes')} failures were reproduced, {silent} of them without an error or a"
         f" logged warning; {made.count('no')} were not reproduced, {made.count('skipped')} were"
         " skipped (not installed). X is a call of the denoiser whose inner layers ran, a dot one"
-        " where they were reused. The last column names the test of what autofr does instead. Not"
-        " tried: the code of FRDiff, ECAD, TeaCache, Learning-to-Cache and Model-Optimizer's"
-        " example, which are no packages, and BudCache, which needs CUDA and large weights."
+        " where they were reused. The last column names the test of what autofr does instead (one"
+        " that is marked xfail is a law that autofr breaks too). Not tried: the code of FRDiff,"
+        " ECAD, TeaCache, Learning-to-Cache and Model-Optimizer's example, which are no packages,"
+        " and BudCache, which needs CUDA and large weights."
     )
     write("peers", UNetPipe(), "python benchmarks/peers.py", rows, note)
 
