@@ -124,11 +124,13 @@ class Clock:
             self.stop()
 
     def _begin(self, timestep: Any) -> int:
-        if hasattr(self.scheduler, "begin_index"):
-            return self.scheduler.begin_index or 0
-        if timestep is None:
+        for told in ("begin_index", "step_index"):  # the second after `scale_model_input`
+            index = getattr(self.scheduler, told, None)
+            if index is not None:
+                return index
+        now = torch.as_tensor(0 if timestep is None else timestep).flatten()[:1].cpu()
+        if float(now) < 1:  # none, or scaled to 0..1, as transformers of flows are given it
             return 0
-        now = torch.as_tensor(timestep).flatten()[:1].cpu()
         equal = (torch.as_tensor(self.scheduler.timesteps).cpu() == now).nonzero()
         return int(equal[0, 0]) if len(equal) else 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from autofr.layers import keep_output, return_kept, skip_empty, skip_in_tuple, skip_same
+from autofr.layers import skip_empty, skip_in_tuple, skip_same
 from autofr.points import Given, Point, Skip, first
 
 _IN_TUPLE = ("Transformer2DModel", "TransformerSpatioTemporalModel")
@@ -55,7 +56,7 @@ def _cut(unet: nn.Module, block: int, layer: int, needed: int) -> Point:
         module = f"up_blocks.{block}.resnets.{layer - 1}"
     kept_at = module
     if module != "mid_block":
-        skips["mid_block"] = skip_same
+        skips["mid_block"] = _skip_with_copy
     for above in range(block - 1 if layer == 0 else block):
         skips[f"up_blocks.{above}"] = skip_same
     attentions = getattr(unet.up_blocks[block], "attentions", None)
@@ -66,9 +67,29 @@ def _cut(unet: nn.Module, block: int, layer: int, needed: int) -> Point:
             kept_at = f"up_blocks.{block}.attentions.{inner}"
     skips.pop(kept_at, None)
     return Point(
-        f"{module}#stage", "stage", module, kept_at, kept_at, keep_output, return_kept, skips,
+        f"{module}#stage", "stage", module, kept_at, kept_at, _keep_copy, _return_copy, skips,
         prepare=partial(_without_residuals, needed, frozenset(skips)),
     )  # fmt: skip
+
+
+def _keep_copy(module: nn.Module, given: Given, output: Any) -> Any:
+    return _copied(output)
+
+
+def _return_copy(module: nn.Module, given: Given, kept: Any) -> Any:
+    return _copied(kept)
+
+
+def _skip_with_copy(module: nn.Module, given: Given) -> Any:
+    """The input is a skip connection too, which what runs above still needs unchanged."""
+    return _copied(first(given))
+
+
+def _copied(value: Any) -> Any:
+    """A copy, since the blocks above a cut may change what they are given (FreeU scales it)."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return type(value)(map(_copied, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _skip_attention(module: nn.Module) -> Skip:

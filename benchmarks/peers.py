@@ -221,10 +221,9 @@ def main() -> None:
         f" {made.count('yes')} failures were reproduced, {silent} of them without an error or a"
         f" logged warning; {made.count('no')} were not reproduced, {made.count('skipped')} were"
         " skipped (not installed). X is a call of the denoiser whose inner layers ran, a dot one"
-        " where they were reused. The last column names the test of what autofr does instead (one"
-        " that is marked xfail is a law that autofr breaks too). Not tried: the code of FRDiff,"
-        " ECAD, TeaCache, Learning-to-Cache and Model-Optimizer's example, which are no packages,"
-        " and BudCache, which needs CUDA and large weights."
+        " where they were reused. The last column names the test of what autofr does instead."
+        " Not tried: the code of FRDiff, ECAD, TeaCache, Learning-to-Cache and Model-Optimizer's"
+        " example, which are no packages, and BudCache, which needs CUDA and large weights."
     )
     write("peers", UNetPipe(), "python benchmarks/peers.py", rows, note)
 

@@ -25,14 +25,16 @@ class Loop:
     """A pipe: `transformer`, `scheduler` and a call, for any row of the tiny models.
 
     `split` calls the denoiser twice per step, as pipelines with guidance do that keep the two
-    branches apart.
+    branches apart; `start` leaves the first passes out without a word to the scheduler.
     """
 
-    def __init__(self, name: str, scheduler: Any = None, split: bool = False) -> None:
+    def __init__(
+        self, name: str, scheduler: Any = None, split: bool = False, start: int = 0
+    ) -> None:
         self.tiny = ALL[name]
         self.transformer = self.tiny.build()
         self.scheduler = scheduler or scheduler_of(self.tiny.prediction)
-        self.split = split
+        self.split, self.start = split, start
 
     @torch.no_grad()
     def __call__(
@@ -46,7 +48,7 @@ class Loop:
         self.scheduler.set_timesteps(num_inference_steps)
         if hasattr(self.scheduler, "init_noise_sigma"):
             latents = latents * self.scheduler.init_noise_sigma
-        for timestep in self.scheduler.timesteps:
+        for timestep in self.scheduler.timesteps[self.start :]:
             score = self._score(latents, timestep, 0)
             if self.split:
                 score = score + 2.0 * (score - self._score(latents, timestep, 1))
@@ -64,6 +66,8 @@ class Loop:
         """The denoiser's output, cut or padded to the shape of the latents."""
         last = float(self.scheduler.config.num_train_timesteps)
         inputs = self.tiny.inputs(0, min(1.0, float(timestep) / last), len(latents))
+        if self.start:  # then it has to be the scheduler's very number
+            inputs["timestep"] = timestep.expand(len(latents))
         name, given = next(iter(inputs.items()))
         scaled = latents * (1 + 0.1 * branch)
         if hasattr(self.scheduler, "scale_model_input"):

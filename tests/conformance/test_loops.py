@@ -153,3 +153,21 @@ def test_holding_is_sampling_on_the_keyframes(solver: str, prediction: str) -> N
         held = drawn(pipe, steps=8)
     coarse = drawn(Loop("UNet2DModel", SOLVERS[solver](**options)), steps=4)
     torch.testing.assert_close(held, coarse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["DDIM", "Euler", "DPM-Solver++ 2M", "UniPC", "Heun"])
+def test_a_run_from_the_middle_follows_the_later_steps(solver: str) -> None:
+    """Where the scheduler is not told, the first timestep says where a run begins."""
+    steps = ("key", "jump", "mask", "mask", "key", "jump")
+    scheduler = SOLVERS[solver]()
+    stages = getattr(scheduler, "order", 1) if solver == "Heun" else 1
+    pipe = Loop("UNet2DModel", scheduler, start=2 * stages)
+    with sampler.reuse(pipe, policy(pipe, steps)) as patch:
+        assert drawn(pipe).isfinite().all()
+    passes = Counter(solver_steps(pipe.scheduler)[2 * stages :])
+    expected = Counter()
+    for step, count in passes.items():
+        first = step == 2  # has nothing to reuse yet
+        expected[steps[step]] += count - 1 if first else count
+        expected["key"] += first
+    assert patch.counts == {kind: count for kind, count in expected.items() if count}
