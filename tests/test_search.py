@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -41,8 +42,10 @@ from autofr.result import Result, Row
 from autofr.sampler import reuse
 from autofr.search import SAFETY, Search
 from autofr.space import Direct, DirectAxes, Planned, PlannedAxes, Space, Uniform, UniformAxes
-from autofr.study import PURPOSES, STATE, Ledger, Settings, run_folder, spec_of
+from autofr.study import PURPOSES, STATE, Ledger, Record, Settings, dump, run_folder, spec_of
+from autofr.verify import Verdict
 
+ROOT = Path(__file__).parents[1]
 STEPS = 6
 AXES = {"max_gap": (2, 3), "mix": ("fit2", "fit1"), "masks": ("all", "jump"), "rollouts": (1, 1)}
 SPACE = Planned(name="tiny", kind="planned", axes=PlannedAxes(phase=(-1.0, 1.0), **AXES))
@@ -621,3 +624,37 @@ def test_a_measured_speed_counts_before_a_predicted_one() -> None:
     """Rows are compared by what was measured, where anything was."""
     measured = CHOSEN.model_copy(update={"speedup": exact(1.7)})
     assert speed(measured) == 1.7 and speed(CHOSEN) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("errors", "kept", "expected"),
+    [
+        ({"5 steps": 0.3}, {"5 steps"}, "planned"),  # no row is nearer
+        ({"5 steps": 0.1, "7 steps": 0.05}, {"5 steps"}, "5 steps"),  # the nearest is too slow
+        ({"5 steps": 0.1}, set(), "planned"),  # nearer, but misses the budget when measured
+    ],
+)
+def test_a_choice_that_was_made_faster_gives_way_to_a_nearer_row(errors, kept, expected):
+    """After measuring, no published row that keeps the budget is nearer than what is chosen."""
+    one = object.__new__(Search)
+    one._target = 1.0
+    interval = Interval(value=0.2, low=0.1, high=0.3)
+    one._score_of = lambda found: SimpleNamespace(error=interval)
+    policy = dump(load(ROOT / "results" / "ldm4-1.5x" / "policy.json"))
+
+    def record(name, error):
+        notes = {"line": {"error": {"value": error}}, "seconds": 2.0 if name == "7 steps" else 0.9}
+        return Record(
+            0, {}, error, notes | {"label": name, "group": "fewer steps", "policy": policy}
+        )
+
+    def hold(ranked):
+        for record, found in ranked:
+            if found.name in kept:
+                return Verdict(record, found, None)
+        raise BudgetError("none")
+
+    one._hold = hold
+    chosen = Verdict(None, SimpleNamespace(name="planned"), None)
+    records = [record(name, error) for name, error in errors.items()]
+    assert one._never_worse(chosen, records).found.name == expected
