@@ -7,6 +7,7 @@ the teacher's, so the table stays small and every mix can be tried without the n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from autofr.recording import Call, Tape, record
 from autofr.sampler import draw
 
 Masks = Mapping[str, tuple[str, ...]]
+_log = logging.getLogger("autofr")
 
 
 def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
@@ -140,14 +142,53 @@ def calibrate(
     steps: int,
     masks: Masks,
     max_gap: int = 6,
+    batch: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Run the teacher once on `seeds`, then every mask at every gap on its inputs.
 
-    Scores are compared as the scheduler gets them (after guidance), in the form in which they are
-    held. Cost: N keyframes and about N * max_gap * len(masks) reduced evaluations.
-    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps.
+    `batch` seeds at a time (all by default): inner products add up. Scores are compared as the
+    scheduler gets them (after guidance), in the form in which they are held. Cost: N keyframes and
+    about N * max_gap * len(masks) reduced evaluations.
+    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps,
+        or changes its batch or its branches on the way.
     """
+    size = batch or len(seeds)
+    parts = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    found: list[Calibration] = []
+
+    def on_key(done: int, total: int) -> None:
+        if on_step:
+            on_step(len(found) * total + done, len(parts) * total)
+
+    for part in parts:
+        found.append(_calibrate(pipe, part, steps, masks, max_gap, on_key))
+    return _together(found)
+
+
+def _together(parts: Sequence[Calibration]) -> Calibration:
+    """Add up what was measured on parts of the seeds; gains are averaged."""
+    first = parts[0]
+    return Calibration(
+        masks=first.masks,
+        teacher=sum(part.teacher for part in parts),  # type: ignore[arg-type]
+        cross=sum(part.cross for part in parts),  # type: ignore[arg-type]
+        own=sum(part.own for part in parts),  # type: ignore[arg-type]
+        gain=np.mean([part.gain for part in parts], axis=0),
+        norm=sum(part.norm for part in parts),
+        switch=first.switch,
+    )
+
+
+def _calibrate(
+    pipe: Pipe,
+    seeds: Sequence[int],
+    steps: int,
+    masks: Masks,
+    max_gap: int,
+    on_key: Callable[[int, int], None],
+) -> Calibration:
+    """Calibrate on one batch."""
     with record(pipe, calls=True) as tape:
         draw(pipe, seeds, steps)
     guidance.check_plannable(pipe, tape)
@@ -169,8 +210,7 @@ def calibrate(
                     reduced = teacher.score(step, outputs)
                     cross[index, step, gap - 1] = (scores @ reduced).cpu().numpy()
                     own[index, step, gap - 1] = float(reduced @ reduced)
-            if on_step:
-                on_step(key + 1, n - 1)
+            on_key(key + 1, n - 1)
     finally:
         patch.remove()
     products = (scores @ scores.T).cpu().numpy()
@@ -195,6 +235,13 @@ class _Teacher:
             guidance.fit([call.output for call in by_pass[k]], tape.scores[k], samples)
             for k in first
         ]
+        worst = max(guide.residual for guide in self._guides)
+        if worst > guidance.LINEAR:
+            _log.warning(
+                "what the scheduler gets is not linear in what the denoiser returns (up to %.0f %%"
+                " off; a rescaled guidance?): plans for this pipe are approximate",
+                100 * worst,
+            )
         self.steps = len(first)
         modules = [calls[0].module for calls in self._calls]
         changed = (i for i, module in enumerate(modules) if module is not modules[0])
@@ -232,6 +279,8 @@ def step_gains(tape: Tape) -> np.ndarray:
     Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping).
     """
     scores, steps = tape.scores, tape.steps[-1] + 1
+    # The noise of a replay comes from one seed instead, the same in all of them.
+    fixed = {name: value for name, value in tape.others.items() if name != "generator"}
 
     def replay(changed: int | None) -> torch.Tensor:
         scheduler = bare_scheduler(tape.scheduler)
@@ -241,7 +290,8 @@ def step_gains(tape: Tape) -> np.ndarray:
             for index, score in enumerate(scores):
                 if tape.steps[index] == changed:
                     score = score + nudge
-                latents = scheduler.step(score, scheduler.timesteps[index], latents)[0]
+                time = scheduler.timesteps[index]
+                latents = scheduler.step(score, time, latents, **fixed)[0]
         return latents
 
     nudge = 1e-2 * torch.randn(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from autofr.errors import PolicyError
+
+FLOW = ("model_output", "timestep", "sample", "return_dict")  # what every step is given
 
 
 def solver_steps(scheduler: Any) -> list[int]:
@@ -52,8 +54,13 @@ class Listener:
     def stopped(self) -> None:
         """The run is over, or was given up."""
 
-    def stepping(self, score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """The scheduler is about to step; returns the score that it gets."""
+    def stepping(
+        self, score: torch.Tensor, sample: torch.Tensor, others: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """The scheduler is about to step; returns the score that it gets.
+
+        `others` are the step's further arguments by name (eta, generator, ...).
+        """
         return score
 
     def stepped(self, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -129,7 +136,8 @@ class Clock:
             if index is not None:
                 return index
         now = torch.as_tensor(0 if timestep is None else timestep).flatten()[:1].cpu()
-        if float(now) < 1:  # none, or scaled to 0..1, as transformers of flows are given it
+        # None, or scaled to 0..1, as transformers of flows are given it; 1 may be a flow's first.
+        if float(now) < 1 or (float(now) == 1 and not hasattr(self.scheduler, "alphas_cumprod")):
             return 0
         equal = (torch.as_tensor(self.scheduler.timesteps).cpu() == now).nonzero()
         return int(equal[0, 0]) if len(equal) else 0
@@ -195,7 +203,10 @@ class Clock:
         try:
             if self.index == 0 and self.calls == 0:  # nobody counts calls here
                 self._set(self._begin(named["timestep"]))
-            named["model_output"] = self._listener.stepping(named["model_output"], named["sample"])
+            others = {name: value for name, value in named.items() if name not in FLOW}
+            named["model_output"] = self._listener.stepping(
+                named["model_output"], named["sample"], others
+            )
             result = original(*given.args, **given.kwargs)
         except BaseException:
             self.stop()

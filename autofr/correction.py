@@ -20,7 +20,7 @@ from autofr.held import Form
 from autofr.mix import KEY, Table
 from autofr.points import Pipe
 from autofr.policy import Policy
-from autofr.recording import Tape, record
+from autofr.recording import Tape, again, record
 from autofr.sampler import draw, reuse
 
 RIDGE = 1e-3
@@ -28,14 +28,13 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The teacher's latents after every pass of the loop, on calibration seeds.
+    """The teacher's latents after every pass of the loop, on batches of calibration seeds.
 
-    `steps` maps each pass to its solver step.
+    `steps` maps each pass to its solver step; `parts` are (seeds of a batch, its latents).
     """
 
-    seeds: tuple[int, ...]
     steps: tuple[int, ...]
-    latents: tuple[torch.Tensor, ...]
+    parts: tuple[tuple[tuple[int, ...], tuple[torch.Tensor, ...]], ...]
 
     def fits(self, policy: Policy) -> bool:
         """Whether the policy has the same steps, and reuses only at those of one pass."""
@@ -45,11 +44,18 @@ class Trajectory:
         return all(self.steps.count(step) == 1 for step in reused)
 
 
-def trajectory(pipe: Pipe, seeds: Sequence[int], steps: int) -> Trajectory:
+def trajectory(
+    pipe: Pipe, seeds: Sequence[int], steps: int, batch: int | None = None
+) -> Trajectory:
     """Run the teacher once and keep its path (a few hundred kilobytes for latent models)."""
-    with record(pipe) as tape:
-        draw(pipe, seeds, steps)
-    return Trajectory(tuple(seeds), tuple(tape.steps), tuple(tape.latents))
+    size = batch or len(seeds)
+    parts = []
+    for start in range(0, len(seeds), size):
+        some = tuple(seeds[start : start + size])
+        with record(pipe) as tape:
+            draw(pipe, some, steps)
+        parts.append((some, tuple(tape.latents)))
+    return Trajectory(tuple(tape.steps), tuple(parts))
 
 
 class _Mixed(NamedTuple):
@@ -65,13 +71,33 @@ class _Mixed(NamedTuple):
 def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) -> Policy:
     """Refit the mix table along the policy's own path, on the teacher's seeds.
 
-    A policy without a fitted table, with another number of steps than the teacher, or that reuses
-    at steps with several stages, is returned as it is. Exact for solvers whose step is linear in
-    the score.
+    Each batch goes on with the fit of its own; the table gets the fit of all together. A policy
+    without a fitted table, with another number of steps than the teacher, or that reuses at steps
+    with several stages, is returned as it is. Exact for solvers whose step is linear in the score.
     """
     if not isinstance(policy.mix, Table) or not teacher.fits(policy):
         return policy
-    rows = list(policy.mix.weights)
+    for _ in range(rounds):
+        rows = list(policy.mix.weights)
+        sums: dict[int, list[_Normal]] = {}
+        for seeds, latents in teacher.parts:
+            for step, normal in _along(pipe, policy, seeds, latents, teacher.steps).items():
+                sums.setdefault(step, []).append(normal)
+        for step, normals in sums.items():
+            rows[step] = _Normal.together(normals).solve(rows[step])
+        policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
+    return policy
+
+
+def _along(
+    pipe: Pipe,
+    policy: Policy,
+    seeds: Sequence[int],
+    latents: Sequence[torch.Tensor],
+    steps: Sequence[int],
+) -> dict[int, _Normal]:
+    """Run the policy on one batch, refitting as it goes; the normal equations of each step."""
+    found: dict[int, _Normal] = {}
     parts: dict[int, list[_Mixed]] = {}
 
     def note(
@@ -83,23 +109,21 @@ def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) ->
 
     def revise(score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         index = len(tape.latents)
-        step = teacher.steps[index]
-        branches = parts.pop(step, None)
+        branches = parts.pop(steps[index], None)
         if not branches:
             return score
-        wanted = _wanted_score(pipe, tape, score, sample, teacher.latents[index])
-        basis = _Basis.of(branches, rows[step], score, len(teacher.seeds))
+        row = policy.weights(steps[index])
+        wanted = _wanted_score(pipe, tape, score, sample, latents[index])
+        basis = _Basis.of(branches, row, score, len(seeds))
         if wanted is None or basis is None:
             return score
-        rows[step] = basis.fit(rows[step], wanted)
-        return basis.score(rows[step]).to(score)
+        normal = found[steps[index]] = basis.normal(wanted)
+        return basis.score(normal.solve(row)).to(score)
 
-    for _ in range(rounds):
-        with reuse(pipe, policy) as patch, record(pipe, revise=revise) as tape:
-            patch.on_mix = note
-            draw(pipe, teacher.seeds, len(policy.steps))
-        policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
-    return policy
+    with reuse(pipe, policy) as patch, record(pipe, revise=revise) as tape:
+        patch.on_mix = note
+        draw(pipe, seeds, len(policy.steps))
+    return found
 
 
 def _wanted_score(
@@ -112,7 +136,7 @@ def _wanted_score(
     time = pipe.scheduler.timesteps[len(tape.latents)]
     sample, score = sample.float(), score.float()
     zero, one = (
-        bare_scheduler(pipe.scheduler).step(s, time, sample)[0].double()
+        bare_scheduler(pipe.scheduler).step(s, time, sample, **again(tape.others))[0].double()
         for s in (torch.zeros_like(score), score)
     )
     moved = one - zero
@@ -120,6 +144,29 @@ def _wanted_score(
         return None
     slope = float((moved * score.double()).sum() / score.double().square().sum())
     return (target.double() - zero) / slope
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """Normal equations of a step's mix: `gram @ weights = right`; a jump has no reduced score."""
+
+    gram: np.ndarray
+    right: np.ndarray
+    jump: bool
+
+    @classmethod
+    def together(cls, parts: Sequence[_Normal]) -> _Normal:
+        """The equations of all batches."""
+        grams, rights = [part.gram for part in parts], [part.right for part in parts]
+        return cls(np.sum(grams, axis=0), np.sum(rights, axis=0), parts[0].jump)
+
+    def solve(self, old: tuple[float, ...]) -> tuple[float, ...]:
+        """Least squares on the same scores as before, with a ridge towards the old weights."""
+        start = np.array(old[1:] if self.jump else old)
+        ridge = RIDGE * np.trace(self.gram) / len(self.gram) * np.eye(len(self.gram))
+        weights = start + np.linalg.solve(self.gram + ridge, self.right - self.gram @ start)
+        found = tuple(round(float(w), 6) for w in weights)
+        return (0.0, *found) if self.jump else found
 
 
 @dataclass(frozen=True)
@@ -162,17 +209,11 @@ class _Basis:
         offset = -form.p / form.q * guide(given) if form else 0.0
         return cls(features, offset, form.q if form else 1.0, jump, samples, score)
 
-    def fit(self, old: tuple[float, ...], wanted: torch.Tensor) -> tuple[float, ...]:
-        """Least squares on the same scores as before, with a ridge towards the old weights."""
+    def normal(self, wanted: torch.Tensor) -> _Normal:
+        """The normal equations of the mix that comes nearest to a wanted score."""
         target = (wanted[: self.samples].flatten() - self.offset) * self.slope
         features = self.features.cpu().numpy()
-        start = np.array(old[1:] if self.jump else old)
-        gram = features @ features.T
-        ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-        right = features @ target.cpu().numpy() - gram @ start
-        weights = start + np.linalg.solve(gram + ridge, right)
-        found = tuple(round(float(w), 6) for w in weights)
-        return (0.0, *found) if self.jump else found
+        return _Normal(features @ features.T, features @ target.cpu().numpy(), self.jump)
 
     def score(self, row: tuple[float, ...]) -> torch.Tensor:
         """What the scheduler gets with these weights."""

@@ -18,7 +18,9 @@ from autofr.points import Pipe, name_of, sample_of
 from autofr.policy import Guidance
 from autofr.recording import Call, Tape, record
 from autofr.sampler import draw
+from autofr.store import tensors_in
 
+SAME = 0.01  # relative difference of two runs of one seed that is put down to rounding
 LINEAR = 0.02  # relative error above which a step is not called linear
 
 
@@ -28,8 +30,14 @@ def of(pipe: Pipe) -> Guidance:
     Raises: ModelError for a pipe that nothing can be planned for; see `check_plannable`.
     """
     with record(pipe, calls=True) as tape:
-        draw(pipe, [0], 3)
+        once = draw(pipe, [0], 3).latents
     check_plannable(pipe, tape)
+    if float((draw(pipe, [0], 3).latents - once).norm() / once.norm()) > SAME:
+        raise ModelError(
+            f"{name_of(pipe)} draws noise that no seed decides, so that no two runs can be compared"
+            f" (it gives {type(pipe.scheduler).__name__} no generator): take a solver that draws"
+            " none, or eta=0"
+        )
     calls = [call for call in tape.calls if call.at == tape.calls[0].at]
     if len(calls) > 1:
         return "split"
@@ -39,13 +47,26 @@ def of(pipe: Pipe) -> Guidance:
 def check_plannable(pipe: Pipe, tape: Tape) -> None:
     """Refuse what planning does not know: policies can be applied to it all the same.
 
-    Raises: ModelError for a run that leaves out steps.
+    Raises: ModelError for a run that leaves out steps, or changes its batch or its branches.
     """
     if tape.calls[0].at or len(tape.scores) != len(tape.steps):
         raise ModelError(
             f"{name_of(pipe)} leaves out steps (a strength below 1?), so that nothing can be"
             " planned for all of them: search with whole runs, and apply the policy to the part"
         )
+    by_pass: dict[int, list[Any]] = {}
+    for call in tape.calls:
+        by_pass.setdefault(call.at, []).append([tuple(t.shape) for t in tensors_in(call.given)])
+    if any(shapes != by_pass[0] for shapes in by_pass.values()):
+        raise changing(pipe)
+
+
+def changing(pipe: Pipe) -> ModelError:
+    """Say that a run changes its batch or branches on the way, which planning does not know."""
+    return ModelError(
+        f"{name_of(pipe)} changes its batch or its guidance during a run: search without that, and"
+        " apply the policy to runs with it (a changed batch is computed anew)"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 from autofr.errors import damaged
 from autofr.families import discover
+from autofr.held import forms
 from autofr.latency import Costs, measure_costs, synchronize
 from autofr.memory import Memory
 from autofr.mix import JUMP, KEY
@@ -73,6 +74,8 @@ class Profile(_Value):
 
     def memory(self, keep: Keep = AS_IS, limit: int | None = None) -> Memory:
         """What policies would keep, if stored so."""
+        if self.device.startswith("cpu"):  # there the host is the device
+            keep = keep.model_copy(update={"host": False})
         points = {point.name: point.bytes for point in self.points}
         width = getattr(torch, self.dtype).itemsize
         return Memory(points, self.score_bytes, width, keep, limit)
@@ -124,6 +127,7 @@ def profile(
     """
     denoiser = find_denoiser(pipe)
     points = discover(denoiser)
+    seeds = seeds[:batch]  # what fits into memory in use fits here
     similarity, kept = measure_similarity(pipe, points, steps, seeds, max_gap, on_progress)
     calls = _first_calls(pipe, steps, batch)
     whole, skippable = _point_seconds(pipe, points, calls[0])
@@ -157,9 +161,15 @@ def profile(
             )
             for name, point in points.items()
         ],
-        score_bytes=round(kept[SCORE] * scale),
+        score_bytes=round(kept[SCORE] * scale * _widened(pipe)),
         similarity=similarity,
     )
+
+
+def _widened(pipe: Pipe) -> float:
+    """How much wider scores are held than they come: as float32 where they are held as noise."""
+    width = find_denoiser(pipe).dtype.itemsize
+    return max(1.0, 4 / width) if forms(pipe.scheduler) else 1.0
 
 
 def load(path: Path) -> Profile:

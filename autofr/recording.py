@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Tape:
 
     `steps` maps each pass of the loop to its solver step; `scores` and `latents` are what the
     scheduler got and gave at each pass, `first_latents` what it began with; `scheduler` is a copy
-    of it as it stood then.
+    of it as it stood then, `others` the further arguments of its last step.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -41,6 +41,7 @@ class Tape:
     first_latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     steps: list[int] = field(default_factory=list)
     scheduler: Any = None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Recorder(Listener):
@@ -51,7 +52,10 @@ class _Recorder(Listener):
     def started(self, steps: int) -> None:
         self.tape.__init__(steps=solver_steps(self._pipe.scheduler))  # type: ignore[misc]
 
-    def stepping(self, score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    def stepping(
+        self, score: torch.Tensor, sample: torch.Tensor, others: Mapping[str, Any]
+    ) -> torch.Tensor:
+        self.tape.others = others
         if not self.tape.latents:
             self.tape.first_latents = sample
             self.tape.scheduler = bare_scheduler(self._pipe.scheduler)
@@ -62,6 +66,19 @@ class _Recorder(Listener):
 
     def stepped(self, before: torch.Tensor, after: torch.Tensor) -> None:
         self.tape.latents.append(after)
+
+
+def again(others: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a step for a rehearsal of it: generators are copied, so that none moves on."""
+    return {name: _copied(value) for name, value in others.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        copy = torch.Generator(value.device)
+        copy.set_state(value.get_state())
+        return copy
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager

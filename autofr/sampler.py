@@ -27,7 +27,10 @@ _CONFIG_FIELDS = (
     "timestep_spacing", "steps_offset", "clip_sample", "thresholding", "set_alpha_to_one",
     "solver_order", "algorithm_type", "solver_type", "lower_order_final", "final_sigmas_type",
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "shift",
-    "skip_prk_steps", "rescale_betas_zero_snr", "predict_x0", "variance_type",
+    "skip_prk_steps", "rescale_betas_zero_snr", "predict_x0", "variance_type", "flow_shift",
+    "use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal", "time_shift_type",
+    "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "timestep_type",
+    "interpolation_type", "original_inference_steps", "euler_at_final", "solver_p",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from autofr.errors import MeasurementError
+from autofr.guidance import changing
 from autofr.patch import Patch
 from autofr.points import SCORE, Pipe, Point
 from autofr.recording import record
@@ -75,12 +76,17 @@ def measure_similarity(
 
     Only `max_gap` steps are held at a time. Of a step with several calls the first one counts.
     Returns: similarity by point, and bytes kept by point at this number of seeds.
-    Raises: MeasurementError when the model gives NaN.
+    Raises: MeasurementError when the model gives NaN; ModelError when the batch changes on the way.
     """
     comparison = _Comparison([*points, SCORE], steps, max_gap)
     patch = Patch(pipe, [[point] for point in points.values()]).install()
 
+    shapes: list[list[torch.Size]] = []
+
     def listen(step: int, score: torch.Tensor) -> None:
+        shapes.append([tensor.shape for tensor in tensors_in(score)])
+        if shapes[-1] != shapes[0]:
+            raise changing(pipe)
         if not bool(score.isfinite().all()):
             raise MeasurementError(f"the model returned NaN or infinity at step {step}")
         kept = patch.run.kept.tensors

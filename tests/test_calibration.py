@@ -172,6 +172,22 @@ def test_saving_and_loading_are_inverse(teacher, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["table.npz"]
 
 
+def test_batches_add_up(pipe):
+    """Inner products measured seed by seed are those of all seeds at once."""
+    whole, parts = measured(pipe), measured(pipe, batch=1)
+    for name in ("teacher", "cross", "own", "norm"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-4)
+    np.testing.assert_allclose(parts.gain, whole.gain, rtol=0.05)
+
+
+def test_progress_runs_through_all_batches(pipe):
+    """The count of keyframes goes on from batch to batch, up to the total."""
+    seen = []
+    measured(pipe, batch=1, on_step=lambda done, total: seen.append((done, total)))
+    total = len(SEEDS) * (N - 1)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+
 # -- gains ---------------------------------------------------------------------------------------
 
 

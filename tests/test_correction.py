@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ddim
+from conftest import ddim, make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from autofr.families import discover
 from autofr.mix import HardSigmoid, Table
 from autofr.policy import Policy
 from autofr.recording import record
+from autofr.task import Task
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
@@ -60,8 +61,8 @@ def drawer(pipe, seeds=SEEDS):
 def distances(pipe, one, teacher):
     """Distance of the policy's latents from the teacher's after every step."""
     with sampler.reuse(pipe, one), record(pipe) as tape:
-        drawer(pipe)()
-    pairs = zip(tape.latents, teacher.latents, strict=True)
+        sampler.draw(pipe, SEEDS, N)
+    pairs = zip(tape.latents, teacher.parts[0][1], strict=True)
     return np.array([float((a - b).double().norm()) for a, b in pairs])
 
 
@@ -133,7 +134,7 @@ def test_solvers_with_stages_are_left_alone(pipe):
     """Heun calls twice per step, so that a step has no one score: the policy stays."""
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(ddim().config)
     teacher = trajectory(pipe, SEEDS, N)
-    assert len(teacher.latents) == 2 * N - 1
+    assert len(teacher.steps) == 2 * N - 1
     before = policy(pipe, PLANS[0])
     assert correct(pipe, before, teacher) is before
 
@@ -153,7 +154,7 @@ def test_correcting_leaves_the_pipe_as_it_was(pipe, monkeypatch):
     """No policy stays applied, also after an error in the middle."""
     bare = sampler.draw(pipe, SEEDS, N).latents
     teacher = trajectory(pipe, SEEDS, N)
-    torch.testing.assert_close(teacher.latents[-1], bare, rtol=0, atol=0)
+    torch.testing.assert_close(teacher.parts[0][1][-1], bare, rtol=0, atol=0)
     correct(pipe, policy(pipe, PLANS[0]), teacher)
 
     def stop(*args):
@@ -165,6 +166,37 @@ def test_correcting_leaves_the_pipe_as_it_was(pipe, monkeypatch):
         correct(pipe, policy(pipe, PLANS[0]), teacher)
     assert torch.equal(sampler.draw(pipe, SEEDS, N).latents, bare)
     assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_batches_are_corrected_together(pipe, solver):
+    """Seed by seed, the fit of all comes as near as the fit of one batch."""
+    pipe.scheduler = SOLVERS[solver]()
+    before = policy(pipe, PLANS[0])
+    teacher = trajectory(pipe, SEEDS, N)
+    split = trajectory(pipe, SEEDS, N, batch=1)
+    assert [seeds for seeds, _ in split.parts] == [(seed,) for seed in SEEDS]
+    old, whole, parts = (
+        distances(pipe, one, teacher)[-1]
+        for one in (before, correct(pipe, before, teacher), correct(pipe, before, split))
+    )
+    assert max(whole, parts) < 0.95 * old and parts < 1.5 * whole
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_noise_of_the_solver_is_the_same_in_a_rehearsal(eta):
+    """Under DDIM that draws noise, correction brings the policy nearer on the same draws."""
+    pipe = diffusers.DDIMPipeline(make_pipe().unet, ddim())
+    pipe.set_progress_bar_config(disable=True)
+    task = Task(pipe, [{}], {"eta": eta})
+    teacher = trajectory(task, SEEDS, N)
+    before = policy(task, PLANS[0])
+    after = correct(task, before, teacher)
+    state = torch.random.get_rng_state()
+    correct(task, before, teacher)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    old, new = (distances(task, one, teacher)[-1] for one in (before, after))
+    assert new < 0.95 * old
 
 
 numbers = st.floats(-3, 3, width=32)
@@ -181,7 +213,8 @@ def test_a_fit_is_never_further_than_the_old_weights(seed, kept, held, old):
     wanted = sum(parts) + 0.5 * torch.randn(1, 2, 3, generator=generator)
     before = (0.0 if held else old[0], *old[1 : 1 + kept])
     features = torch.stack([part.double().flatten() for part in parts[held:]])
-    after = _Basis(features, 0.0, 1.0, held, 1, wanted).fit(before, wanted.double())
+    basis = _Basis(features, 0.0, 1.0, held, 1, wanted)
+    after = basis.normal(wanted.double()).solve(before)
     assert len(after) == len(before) and (after[0] == 0 or not held)
 
     def distance(weights):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
+from conftest import make_pipe
 
-from autofr.guidance import LINEAR, fit
+from autofr.errors import ModelError
+from autofr.guidance import LINEAR, fit, of
+from autofr.task import Task
 
 
 def noise(*shape, seed=0):
@@ -58,3 +62,14 @@ def test_what_is_not_linear_is_told_apart():
     strange = fit([noise(2, 3, 5)], noise(2, 4, 8, 8), samples=2)
     assert strange.weights is None
     assert strange([noise(2, 3, 5)]).shape == (30,)
+
+
+def test_noise_that_no_seed_decides_is_refused():
+    """LDMPipeline gives its solver no generator: with eta = 1 no two runs are alike."""
+    pipe = make_pipe()
+    assert of(pipe) == "none"
+    with pytest.raises(ModelError, match="eta=0"):
+        of(Task(pipe, [{}], {"eta": 1.0}))
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ModelError, match="DDPMScheduler no generator"):
+        of(pipe)

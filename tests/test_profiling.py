@@ -27,7 +27,7 @@ MASKS = {
 
 def profiled(pipe, **changes):
     """A small profile of this pipe."""
-    fields = dict(steps=N, batch=2, seeds=SEEDS, max_gap=GAPS)
+    fields = dict(steps=N, batch=4, seeds=SEEDS, max_gap=GAPS)
     return profile(pipe, MASKS, **fields | changes)
 
 
@@ -178,7 +178,7 @@ def test_every_point_has_a_row(measured):
     assert [(p.name, p.kind) for p in found.points] == [(n, p.kind) for n, p in points.items()]
     assert found.fingerprint == fingerprint(pipe.unet, points)
     assert (found.denoiser, found.scheduler) == ("UNet2DModel", "DDIMScheduler")
-    assert (found.steps, found.batch, found.dtype) == (N, 2, "float32")
+    assert (found.steps, found.batch, found.dtype) == (N, 4, "float32")
     assert found.masks == MASKS and set(found.mask_seconds) == set(MASKS)
     inner = [p for p in found.points if p.kind != "stage"]
     assert all(p.whole_seconds > 0 for p in inner)
@@ -267,3 +267,10 @@ def test_a_denoiser_without_points_is_refused():
     strange = SimpleNamespace(unet=torch.nn.Linear(1, 1), scheduler=ddim())
     with pytest.raises(ModelError, match=r"points in Linear; supported denoisers: .*UNet2DModel"):
         profiled(strange)
+
+
+def test_no_more_is_drawn_at_once_than_a_batch(pipe):
+    """What is profiled at batch 1 is drawn at batch 1, so that it fits where the pipe fits."""
+    one, three = (profiled(pipe, batch=batch) for batch in (1, 3))
+    assert one.similarity == profiled(pipe, batch=1, seeds=SEEDS[:1]).similarity
+    assert [point.bytes for point in three.points] == [3 * point.bytes for point in one.points]
