@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autofr import console, hub, policy_cli
-from autofr.errors import AutofrError, RunFolderError, UserError
+from autofr import console, hub, places, policy_cli
+from autofr.errors import AutofrError
 from autofr.policy import Keep
 
 if TYPE_CHECKING:
+    from autofr.points import Pipe
     from autofr.quality import Features
     from autofr.zoo import Loaded
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
-TEST = 200_000  # where the test seeds of a search begin
 
 app = typer.Typer(
     name="autofr",
@@ -41,7 +41,7 @@ app.add_typer(policy_cli.app)
 Model = Annotated[str, typer.Option(help="bundled name, local diffusers folder, or hub id")]
 Budget = Annotated[str, typer.Option(help="speed-up such as 1.5x, or time per call such as 180ms")]
 Space = Annotated[str, typer.Option(help="default, frdiff, direct, or a TOML file")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16")]
 Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores")]
@@ -121,7 +121,7 @@ def profile(
     loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import job
 
-    folder = _writable(out or Path("results") / f"{loaded.name}-profile")
+    folder = places.folder(out or Path("results") / f"{loaded.name}-profile")
     with console.progress() as on_progress:
         found, paths = job.profile(loaded.pipe, folder, steps, batch, _seeds(seed, 4), on_progress)
     if as_json:
@@ -180,6 +180,7 @@ def search(
         trials=trials,
         time_limit=time_limit,
         inputs=getattr(loaded.pipe, "digest", ""),
+        inputs_count=getattr(loaded.pipe, "rows", 0),
         keep=keep,
         max_memory=memory,
         command=shlex.join(["autofr", *sys.argv[1:]]),
@@ -224,10 +225,11 @@ def evaluate(
     Example: `autofr evaluate --model ldm4 --policy results/ldm4-1.5x/policy.json`
     """
     policies = [hub.read(place) for place in (policy, against) if place]
+    console.check_teachers(policies[0], policies[-1])
     loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import job
 
-    seeds = _seeds(seed, samples, TEST)
+    seeds = _test_seeds(loaded.pipe, seed, samples)
     features = _features(loaded)
     with console.progress() as on_progress:
         measured = [
@@ -266,7 +268,7 @@ def sample(
 
     Example: `autofr sample --model ldm4 --policy results/ldm4-1.5x/policy.json -n 16`
     """
-    _png(out)
+    places.file(out, ".png")
     found = hub.read(policy) if policy else None
     loaded = _load(model, device, dtype, threads, inputs, call)
     from autofr import pictures, sampler
@@ -358,10 +360,16 @@ def _load(
     from autofr.families import discover
     from autofr.points import find_denoiser
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or _cores())
     loaded = zoo.load(model, device, dtype)
     discover(find_denoiser(loaded.pipe))  # a pipe without known points is refused before any work
     return replace(loaded, pipe=task.as_task(loaded.pipe, rows, arguments))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _features(loaded: Loaded) -> Features | None:
@@ -370,25 +378,23 @@ def _features(loaded: Loaded) -> Features | None:
     return load_features(loaded.folder) if loaded.folder else None
 
 
-def _seeds(seed: int, count: int, first: int = 0) -> range:
-    start = seed * 1_000_000 + first
-    return range(start, start + count)
+def _seeds(seed: int, count: int) -> range:
+    return range(seed * 1_000_000, seed * 1_000_000 + count)
 
 
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".autofr-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunFolderError(
-            f"{folder}: cannot write there ({error.strerror}); give another place with --out"
-        ) from None
-    return folder
+def _test_seeds(pipe: Pipe, seed: int, count: int) -> list[int]:
+    """The seeds that a search leaves for its test, as many as are asked for."""
+    from autofr.latency import parse_budget
+    from autofr.space import load_space
+    from autofr.study import Settings
 
-
-def _png(path: Path) -> None:
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"--out {path}: expected the name of a PNG file, such as samples.png")
-    _writable(path.resolve().parent)
+    # Budget and space say nothing of seeds.
+    asked = Settings(
+        name="",
+        budget=parse_budget("2x"),
+        space=load_space("default"),
+        seed=seed,
+        test_seeds=count,
+        inputs_count=getattr(pipe, "rows", 0),
+    )
+    return asked.seeds("test")

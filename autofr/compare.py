@@ -105,6 +105,18 @@ def _better_solver(chosen: Row, as_fast: Sequence[Row]) -> list[str]:
     ]
 
 
+def held_out(settings: Settings) -> list[str]:
+    """Say how many of the test inputs were also used for choosing: prompts or labels may be few."""
+    seen = settings.seen()
+    if not seen:
+        return []
+    return [
+        f"Of the {settings.test_seeds} test samples, {seen} drew inputs (prompts, labels or images)"
+        " that calibration or validation had drawn too: there are only"
+        f" {settings.inputs_count}. Noise is new in all of them."
+    ]
+
+
 def speed(row: Row) -> float:
     """Measured speed-up where there is one, else the predicted."""
     return row.speedup.value if row.speedup else row.predicted_speedup
@@ -118,8 +130,9 @@ def conclude(
     rows: Sequence[Row],
     policy: Policy,
     stage_seconds: Mapping[str, float],
+    notes: Sequence[str] = (),
 ) -> Result:
-    """Put together what a search found, with its protocol."""
+    """Put together what a search found, with its protocol; `notes` are further remarks."""
     seeds = {purpose: settings.seeds(purpose) for purpose in PURPOSES}
     return Result(
         model=settings.name,
@@ -141,6 +154,6 @@ def conclude(
         trials=len(records),
         duplicates=sum("duplicate_of" in r.notes for r in records),
         stage_seconds={stage: round(spent, 1) for stage, spent in stage_seconds.items()},
-        remarks=remarks(rows),
+        remarks=[*remarks(rows), *held_out(settings), *notes],
         policy=policy,
     )

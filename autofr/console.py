@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autofr.errors import UserError
 from autofr.memory import size
 from autofr.policy import Fid, Interval, Measured, Policy
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from autofr.profiling import Profile
 
+LETTERS = (string.ascii_letters + string.digits).replace("K", "")  # K is a keyframe
 Report = Callable[[str, int, int], None]
 
 
@@ -144,6 +147,8 @@ def measured_rows(measured: Measured) -> list[list[str]]:
     """Say what was measured of a policy, a value with its interval where it has one."""
     rows = [["measure", "value"]]
     for name, value in measured:
+        if value is None:
+            continue
         title = name.replace("_", " ")
         if isinstance(value, Fid):
             rows.append(
@@ -156,6 +161,25 @@ def measured_rows(measured: Measured) -> list[list[str]]:
         else:
             rows.append([title, _shown(value)])
     return rows
+
+
+def check_teachers(ours: Policy, theirs: Policy) -> None:
+    """Refuse to compare policies whose errors are to different teachers.
+
+    Raises: UserError naming what differs.
+    """
+    one, other = (
+        {"scheduler": s.scheduler, "steps of a call": s.replaces} | dict(s.config)
+        for s in (ours.sampler, theirs.sampler)
+    )
+    # Policies of older versions say less of the scheduler.
+    wrong = [f"{k} {one[k]} and {other[k]}" for k in one if k in other and one[k] != other[k]]
+    if wrong:
+        raise UserError(
+            f"--against: the policies are for different teachers ({'; '.join(wrong)}), so that what"
+            " they lose cannot be compared; `autofr retime` carries a policy over to another step"
+            " count"
+        )
 
 
 def penalty(ours: Measured, theirs: Measured) -> str:
@@ -182,7 +206,7 @@ def words(policy: Policy) -> list[str]:
     """Say what a policy does, line by line; the steps as a strip of letters."""
     steps, n = policy.steps, len(policy.steps)
     marks = {"key": "K", "jump": "·"}
-    letters = {name: chr(ord("a") + i) for i, name in enumerate(policy.masks)}
+    letters = dict.fromkeys(policy.masks, "?") | dict(zip(policy.masks, LETTERS, strict=False))
     strip = "".join(marks.get(step) or letters[step] for step in steps)
     counts = {name: steps.count(name) for name in dict.fromkeys(steps)}
     lines = [

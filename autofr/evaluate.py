@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 
 from autofr.baselines import Group
-from autofr.errors import MeasurementError
+from autofr.clock import Clock, Listener
+from autofr.errors import MeasurementError, ModelError
 from autofr.latency import median_interval, seconds
-from autofr.points import Pipe, device_of, find_denoiser
+from autofr.points import Pipe, device_of, find_denoiser, name_of
 from autofr.policy import Interval, Policy
 from autofr.quality import Features, mean_interval, relative_error
 from autofr.recording import record
 from autofr.sampler import Samples, draw, reuse
 
 FINE = 5  # the fine reference takes this many times the teacher's steps
+_log = logging.getLogger("autofr")
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,14 @@ class Candidate:
 class Score:
     """Error of each seed's final latents, to the teacher and to the fine reference; images.
 
-    `speedup` is measured while the samples are drawn: see `Pulse`.
+    `speedup` is measured while the samples are drawn: see `Pulse`. It is None where no batch was
+    as large as the teacher's.
     """
 
     errors: np.ndarray
     reference_errors: np.ndarray
     samples: Samples
-    speedup: Interval
+    speedup: Interval | None
 
     @property
     def error(self) -> Interval:
@@ -89,11 +93,13 @@ class Pulse:
 
     Rows of a table are drawn minutes apart on machines whose speed drifts. A pulse before and
     after every timed call follows the drift; its ratio to whole teacher calls is measured first.
+    Calls count only at the batch of the first one, which is that of the pulse.
     """
 
     def __init__(self, pipe: Pipe, calls: int = 2) -> None:
         self._denoiser, self._device, self._calls = find_denoiser(pipe), device_of(pipe), calls
         self._call: tuple[Any, Any] | None = None
+        self._batch = 0
         self._ratio = 1.0
         self.taken: list[tuple[float, float]] = []
 
@@ -108,11 +114,13 @@ class Pulse:
         )
 
     def timed(self, pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
-        """Draw, and note (pulse around the call, seconds of the call)."""
+        """Draw, and note (pulse around the call, seconds of the call) if the batch is full."""
         if self._call is None:
             with record(pipe, calls=True) as tape:
                 draw(pipe, seeds, 2)
-            self._call = tape.calls[0].given
+            self._call, self._batch = tape.calls[0].given, len(seeds)
+        if len(seeds) != self._batch:
+            return draw(pipe, seeds, steps)
         before = self.beat()
         began = time.perf_counter()
         samples = draw(pipe, seeds, steps)
@@ -124,11 +132,10 @@ class Pulse:
         """Learn teacher seconds per pulse from the teacher calls noted so far."""
         self._ratio = float(np.median([spent / beat for beat, spent in self.taken]))
 
-    def speedup(self) -> Interval:
-        """Teacher seconds over the noted calls' seconds, with its interval; forgets the notes."""
+    def speedup(self) -> Interval | None:
+        """Teacher seconds over the noted calls' seconds, with its interval; None without notes."""
         ratios = np.array([self._ratio * beat / spent for beat, spent in self.taken])
-        self.taken = []
-        return median_interval(ratios)
+        return median_interval(ratios) if len(ratios) else None
 
 
 class Evaluator:
@@ -156,7 +163,6 @@ class Evaluator:
         self.teacher_speedup = self.pulse.speedup()
         few = self.seeds[: min(fine_seeds, len(self.seeds))]
         self.fine = self._draw(few, fine_steps(pipe, steps))
-        self.pulse.taken = []
         self._on_progress = None  # scores of single policies report nothing
 
     def score(self, policy: Policy, seeds: int | None = None) -> Score:
@@ -177,6 +183,8 @@ class Evaluator:
         return Score(errors, fine, self.teacher, self.teacher_speedup)
 
     def _draw(self, seeds: Sequence[int], steps: int) -> Samples:
+        self.pulse.taken = []  # one that failed may have left notes
+
         def one(some: Sequence[int]) -> Samples:
             return self.pulse.timed(self.pipe, some, steps)
 
@@ -198,8 +206,39 @@ class Evaluator:
 
 
 def fine_steps(pipe: Pipe, steps: int) -> int:
-    """Steps of the fine reference; a scheduler has only so many timesteps."""
-    return min(FINE * steps, int(pipe.scheduler.config.get("num_train_timesteps", 1000)))
+    """Steps of the fine reference; a scheduler has only so many timesteps (LCM, TCD: very few)."""
+    config = pipe.scheduler.config
+    most = config.get("original_inference_steps") or config.get("num_train_timesteps", 1000)
+    return max(steps, min(FINE * steps, int(most)))
+
+
+class _BegunError(Exception):
+    """A run has set its timesteps."""
+
+
+class _Stop(Listener):
+    def started(self, steps: int) -> None:
+        raise _BegunError
+
+
+def check_steps(pipe: Pipe, steps: int) -> None:
+    """Begin a run, as far as its timesteps, to see that the scheduler takes so many steps.
+
+    Raises: ModelError with what the scheduler says.
+    """
+    clock = Clock(pipe.scheduler, _Stop())
+    clock.install()
+    try:
+        draw(pipe, [0], steps)
+    except _BegunError:
+        pass
+    except ValueError as error:
+        raise ModelError(
+            f"{name_of(pipe)} with {type(pipe.scheduler).__name__} cannot take {steps} steps:"
+            f" {error}; ask for fewer with --steps"
+        ) from error
+    finally:
+        clock.remove()
 
 
 @contextmanager
@@ -219,8 +258,6 @@ def other_solvers(pipe: Pipe) -> dict[str, object]:
     Some models ask for more than a timestep of the training schedule (SVD, EDM), and some pipes
     pass arguments that only their own solver takes: what such a pipe cannot drive is left out.
     """
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-
     own, config = pipe.scheduler, pipe.scheduler.config
     if config.get("timestep_type") == "continuous" or hasattr(own, "precondition_outputs"):
         return {}
@@ -228,24 +265,26 @@ def other_solvers(pipe: Pipe) -> dict[str, object]:
     if flows or config.get("prediction_type") == "flow_prediction":
         shift = config.get("shift", config.get("flow_shift", 1.0))
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-        found = {
-            "DPM-Solver++ 2M": DPMSolverMultistepScheduler.from_config(config, **flow),
-            "UniPC": UniPCMultistepScheduler.from_config(config, **flow),
-        }
+        changes: dict[str, dict[str, Any]] = {"DPM-Solver++ 2M": flow, "UniPC": flow}
     else:
-        found = {
-            "DPM-Solver++ 2M Karras": DPMSolverMultistepScheduler.from_config(
-                config, use_karras_sigmas=True
-            ),
-            "UniPC": UniPCMultistepScheduler.from_config(config, timestep_spacing="trailing"),
+        changes = {
+            "DPM-Solver++ 2M Karras": {"use_karras_sigmas": True},
+            "UniPC": {"timestep_spacing": "trailing"},
         }
-    return {name: scheduler for name, scheduler in found.items() if _drives(pipe, scheduler)}
+    found = {name: _driven(pipe, name, change) for name, change in changes.items()}
+    return {name: scheduler for name, scheduler in found.items() if scheduler is not None}
 
 
-def _drives(pipe: Pipe, scheduler: object) -> bool:
+def _driven(pipe: Pipe, name: str, changes: dict[str, Any]) -> object | None:
+    """The solver, if a short run of the pipe can use it; whatever fails is of that solver alone."""
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    kind = UniPCMultistepScheduler if name == "UniPC" else DPMSolverMultistepScheduler
     try:
+        scheduler = kind.from_config(pipe.scheduler.config, **changes)
         with solver(pipe, scheduler):
             draw(pipe, [0], 2)
-    except (TypeError, ValueError):
-        return False
-    return True
+    except Exception as error:
+        _log.debug("%s cannot use %s: %s", name_of(pipe), name, error, exc_info=True)
+        return None
+    return scheduler

@@ -103,14 +103,15 @@ def push(
 ) -> str:
     """Upload a policy with its model card in one commit, and return that commit's reference.
 
-    Args: repository, `owner/name`, made if it is missing; private, make it a private one; revision,
-        a branch, made from `main` if it is missing; token, where the login is not to be used.
+    Args: policy, the value, its file, or its reference on the hub; repository, `owner/name`, made
+        if it is missing; private, make it a private one; revision, a branch, made from `main` if it
+        is missing; token, where the login is not to be used.
     A README.md that is not a card of autofr is left as it is, with a notice in the log.
     Raises: PolicyError, before anything is sent, when the policy is not valid; HubError when the
         hub refuses or does not answer, or when `private` is asked of a public repository.
     """
     # A Policy made by `model_copy` or `model_construct` was never checked.
-    policy = loads(policy.model_dump_json()) if isinstance(policy, Policy) else load(policy)
+    policy = loads(policy.model_dump_json()) if isinstance(policy, Policy) else read(policy)
     if not re.fullmatch(_REPOSITORY, repository, re.ASCII):
         raise HubError(f"{repository!r} is no repository of the hub: expected owner/name")
     place = _parse(PREFIX + repository + (f"@{revision}" if revision else ""))
@@ -277,7 +278,7 @@ It holds no weights and changes none; `autofr` follows it.
 ```python
 import autofr
 autofr.apply(pipe, "{reference}")  # pipe: your diffusers pipeline of the model
-images = pipe(num_inference_steps={replaces}).images  # and what else you give it
+result = pipe(*your_arguments, num_inference_steps={replaces})
 ```
 
 `{pinned}@COMMIT` is the policy of that commit and no later one. On another device, or with another

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from autofr import profile_pictures, profiling, report, sampler, verify
 from autofr.calibration import candidate_masks
+from autofr.evaluate import check_steps
 from autofr.families import discover
 from autofr.latency import seconds
 from autofr.points import Pipe, device_of, find_denoiser, name_of
@@ -53,8 +54,10 @@ def run(
 def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
     """Say what `run` would do and about how long it would take; a few short calls, no files.
 
-    Raises: BudgetError when the unaccelerated pipe already meets the budget.
+    Raises: BudgetError when the unaccelerated pipe already meets the budget; ModelError when it
+        cannot take so many steps.
     """
+    check_steps(pipe, settings.steps)
     call = _call_seconds(pipe, settings)
     speedup = settings.budget.speedup_over(call)
     minutes = _calls(settings, speedup) * call / 60
@@ -135,6 +138,7 @@ def evaluate(
 ) -> Measured:
     """Measure a policy on the pipe's device: its speed-up in pairs, what it changes on the seeds.
 
+    What was predicted when it was made is repeated only for the same device, batch and type.
     Raises: PolicyError when it was made for another pipe; MeasurementError when it draws NaN.
     """
     sampler.check(pipe, policy)
@@ -147,11 +151,14 @@ def evaluate(
         on_pair=lambda pairs, width: on_progress("measure", pairs, pairs + 1),
     )
     there = policy.measured
+    here = (profiling.device_name(pipe), batch, verify.dtype_of(pipe))
+    if there and (there.device, there.batch, there.dtype) != here:
+        there = None
     measured, _ = verify.test(
         pipe,
         policy,
         timing,
-        there.predicted_speedup if there else timing.ratio.value,
+        there.predicted_speedup if there else None,
         seeds=seeds,
         steps=steps,
         batch=batch,

@@ -109,8 +109,8 @@ class Paired:
 
 def synchronize(device: torch.device | str) -> None:
     """Wait until the device has finished its work."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def seconds(call: Callable[[], object], device: torch.device | str = "cpu") -> float:

@@ -35,7 +35,7 @@ class Memory:
     """Bytes that points keep, by name, and one keyframe's scores, for all guidance branches.
 
     `limit` is the most that a policy may keep on the device; `width` is the bytes of one number of
-    the denoiser.
+    the denoiser. Scores are kept as they are held, whatever `keep` says of the points' tensors.
     """
 
     points: Mapping[str, int]

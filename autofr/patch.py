@@ -2,6 +2,12 @@
 
 Leaf hooks sit on sub-modules and keep, put back or skip. The root hook on a denoiser decides what
 a call does; the step comes from the clock on the scheduler.
+
+`torch.compile` traces leaf hooks with the modules they sit on, and never looks into the root hook:
+a whole denoiser has one graph for keyframes, one for each mask and one for calls outside runs, with
+a break before it (so not with `fullgraph`). Blocks that are compiled one by one have these graphs
+once for all blocks of one role (kept, skipped, run) and layout of their input, with `fullgraph`
+too; policies with many masks need a higher `torch._dynamo.config.recompile_limit` (8).
 """
 
 from __future__ import annotations
@@ -38,8 +44,8 @@ from autofr.store import (
 HOOK = "autofr"
 HOLD = -1  # a jump: the denoiser is not called
 BREAK = (
-    "autofr decides in Python what each call of the denoiser computes: compile it without fullgraph,"
-    " or its blocks alone by compile_repeated_blocks(fullgraph=True)"
+    "autofr decides in Python what each call of the denoiser computes: compile without fullgraph,"
+    " or the blocks alone by compile_repeated_blocks(fullgraph=True)"
 )
 
 _COUNTED = {COMPUTE: "key", HOLD: "jump"}  # else: mask
@@ -128,8 +134,11 @@ class _Leaf(_Hook):
         self.offloads: list[ModelHook] = []
 
     def put_on(self, module: nn.Module) -> None:
-        """Register; where blocks are offloaded in groups, one that is skipped still does its part:
-        the first one loads the weights of its group, the last one frees them."""
+        """Register on a module.
+
+        Where blocks are offloaded in groups, the first of a group loads its weights and the last
+        frees them, also when they are skipped.
+        """
         super().put_on(module)
         hook = module._diffusers_hook.get_hook("group_offloading")
         self.offloads = [hook] if hook is not None and len(hook.group.modules) > 1 else []
@@ -262,7 +271,7 @@ class _Root(_Hook):
         if call.mask == COMPUTE:
             self._hold(call, output)
             return output
-        if call.mask != HOLD and call.weights == (1,) and not self.patch.on_mix:
+        if call.mask != HOLD and call.weights == (1.0,) and not self.patch.on_mix:
             return output
         mixed = self._mixed(call, None if output is None else output[0])
         kept = self.run.kept
@@ -472,12 +481,16 @@ class Patch(Listener):
 
 
 def uses_graphs(pipe: Any) -> bool:
-    """Whether a compiled denoiser runs as CUDA graphs (`mode="reduce-overhead"`): each call writes
-    its outputs to the same memory."""
+    """Whether a compiled denoiser runs as CUDA graphs (`mode="reduce-overhead"`).
+
+    Each call then writes its outputs to the same memory.
+    """
     modules = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
-    calls = [getattr(module, "_compiled_call_impl", None) for module in modules]
-    configs = [getattr(compiled, "get_compiler_config", dict)() for compiled in (*modules, *calls)]
-    return any((config or {}).get("triton.cudagraphs") for config in configs)
+    for compiled in (*modules, *(getattr(m, "_compiled_call_impl", None) for m in modules)):
+        config: Any = getattr(compiled, "get_compiler_config", dict)()
+        if config and config.get("triton.cudagraphs"):
+            return True
+    return False
 
 
 BAR = "progress_bar"

@@ -127,10 +127,21 @@ def fingerprint(denoiser: nn.Module, points: Iterable[str]) -> str:
 
 
 def weights_hash(denoiser: nn.Module, samples: int = 64) -> str:
-    """Hash of a few values of every parameter: tells fine-tuned copies apart, in milliseconds."""
+    """Hash of a few values of every parameter: tells fine-tuned copies apart, in milliseconds.
+
+    Of a parameter that is offloaded, the name alone counts.
+    """
     digest = hashlib.sha256()
     for name, value in denoiser.state_dict().items():
-        flat = value.detach().flatten()
-        some = flat[:: max(1, len(flat) // samples)][:samples].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
+        digest.update(name.encode())
+        for tensor in value if isinstance(value, tuple) else (value,):  # packed: weight and bias
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                flat = _plain(tensor.detach()).flatten()
+                some = flat[:: max(1, len(flat) // samples)][:samples].float().cpu()
+                digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    quantised = tensor.is_quantized or type(tensor).__module__.startswith("torchao")
+    return tensor.dequantize() if quantised else tensor

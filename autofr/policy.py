@@ -80,13 +80,13 @@ class Measured(Value):
     """What was measured when the policy was chosen, with the protocol.
 
     `fid` is None where the model has no feature extractor; `kept_bytes` is the most that was kept
-    between two steps.
+    between two steps; predictions are None where they were made for another device, batch or type.
     """
 
     speedup: Interval
     teacher_seconds: Positive
     policy_seconds: Positive
-    predicted_speedup: Positive
+    predicted_speedup: Positive | None = None
     batch: Annotated[int, Field(ge=1)]
     device: str
     dtype: str

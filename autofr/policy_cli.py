@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autofr.errors import UserError
+from autofr import places
 from autofr.hub import read as load_policy
 from autofr.policy import Policy
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-File = Annotated[Path, typer.Argument(help="policy file")]
+File = Annotated[Path, typer.Argument(help="policy file, or hub:owner/name@revision")]
 Out = Annotated[Path, typer.Option(help="policy file to write")]
 Steps = Annotated[int, typer.Option(min=1, help="sampling steps that a call asks for")]
 Model = Annotated[str, typer.Option(help="bundled name, local diffusers folder, or hub id")]
@@ -31,7 +31,7 @@ def retime(policy: File, steps: Steps, out: Out) -> None:
 
     Example: `autofr retime results/ldm4-1.5x/policy.json --steps 30 --out policy-30.json`
     """
-    _check_place(out)
+    places.file(out)
     found = load_policy(policy).retime(steps)
     found.save(out)
     typer.echo(f"{_summary(found)} -> {out}; `autofr evaluate` says what it is worth")
@@ -52,7 +52,7 @@ def import_(
 
     Example: `autofr import 3,0 --from deepcache --model ldm4 --steps 50 --out deepcache.json`
     """
-    _check_place(out)
+    places.file(out)
     from autofr import interchange, zoo
     from autofr.points import find_denoiser
 
@@ -76,7 +76,7 @@ def export(
     Example: `autofr export deepcache.json --to deepcache --model ldm4`
     """
     if out:
-        _check_place(out)
+        places.file(out)
     found = load_policy(policy)
     from autofr import interchange, zoo
 
@@ -86,11 +86,6 @@ def export(
         return
     out.write_text(text + "\n", encoding="utf-8")
     typer.echo(f"{_summary(found)}, for {kind} -> {out}")
-
-
-def _check_place(out: Path) -> None:
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise UserError(f"--out {out}: expected the name of a file in a folder that exists")
 
 
 def _summary(policy: Policy) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from autofr.errors import RunFolderError
 from autofr.memory import size
 from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, samples
-from autofr.policy import Fid, Measured
+from autofr.policy import Fid
 from autofr.profile_pictures import profile_pictures
 from autofr.profiling import Profile
 from autofr.result import Result
@@ -98,7 +99,7 @@ USAGE = """\
 import autofr
 
 autofr.apply(pipe, "policy.json")  # pipe: your {pipeline}
-images = pipe(num_inference_steps={steps}).images
+result = pipe(*your_arguments, num_inference_steps={steps})
 ```"""
 
 
@@ -160,7 +161,10 @@ def _final(result: Result) -> list[list[str]]:
         ]
     return [
         [f"{measured.samples} samples, seeds {measured.seeds}", "value (95 % interval)"],
-        ["speed-up", f"{times(measured.speedup)}; predicted {measured.predicted_speedup:.2f}x"],
+        [
+            "speed-up",
+            times(measured.speedup) + _predicted(measured.predicted_speedup, "{:.2f}x".format),
+        ],
         ["time per call, teacher", duration(measured.teacher_seconds)],
         ["time per call, policy", duration(measured.policy_seconds)],
         *fids,
@@ -168,13 +172,15 @@ def _final(result: Result) -> list[list[str]]:
         ["PSNR to the teacher's images", f"{measured.psnr:.1f} dB"],
         ["error at low frequencies", percent(exact(measured.low_frequency_error))],
         ["error at high frequencies", percent(exact(measured.high_frequency_error))],
-        ["memory kept between steps", size(measured.kept_bytes) + _predicted(measured)],
+        [
+            "memory kept between steps",
+            size(measured.kept_bytes) + _predicted(measured.predicted_bytes, size),
+        ],
     ]
 
 
-def _predicted(measured: Measured) -> str:
-    there = measured.predicted_bytes
-    return "" if there is None else f"; predicted {size(there)}"
+def _predicted(value: Any, write: Callable[[Any], str]) -> str:
+    return "" if value is None else f"; predicted {write(value)}"
 
 
 def _protocol(result: Result) -> list[list[str]]:

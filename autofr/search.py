@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from autofr import baselines, correction, guidance
 from autofr.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
+from autofr.choose import Chooser
 from autofr.compare import conclude, policy_row, solver_row
 from autofr.decode import Decoded, Frame, decode, fastest_seconds, guesses
-from autofr.errors import BudgetError, MeasurementError
-from autofr.evaluate import Candidate, Evaluator, Score, other_solvers
+from autofr.errors import AutofrError, BudgetError, MeasurementError
+from autofr.evaluate import Candidate, Evaluator, check_steps, other_solvers
 from autofr.families import discover
+from autofr.memory import size
 from autofr.planner import out_of_reach
 from autofr.points import Pipe, find_denoiser
-from autofr.policy import Guidance, Measured, Policy, Provenance
+from autofr.policy import Guidance, Measured, Provenance
 from autofr.profiling import Profile, profile
 from autofr.profiling import load as load_profile
 from autofr.quality import Features
@@ -26,11 +30,12 @@ from autofr.result import Result, Row
 from autofr.sampler import Samples, compose
 from autofr.space import largest_gap
 from autofr.study import STATE, Ledger, Record, Settings, dump, fixed
-from autofr.verify import Verdict, finalists, test, within_budget
+from autofr.verify import Verdict, test
 
 OnProgress = Callable[[str, int, int], None]
 SAFETY = 0.985  # plan this much below the budget: prediction and measurement differ a little
 FRONT = (1.25, 1.5, 2.0, 3.0)  # speed-ups at which the front is shown
+_log = logging.getLogger("autofr")
 
 
 @dataclass
@@ -60,30 +65,23 @@ class Search:
         self._path: correction.Trajectory | None = None
         self._latent_shape: tuple[int, ...] = ()
         self._guidance: Guidance = "none"
-        self._scores: dict[str, Score] = {}  # of the finalists, by digest
+        self._notes: list[str] = []  # remarks on what could not be shown
 
     def run(self) -> Outcome:
         """Search, choose, verify and test.
 
         Raises: BudgetError when the budget cannot be met; MeasurementError when the model gives
-            NaN or latency does not settle.
+            NaN or latency does not settle; ModelError for a pipe that nothing can be planned for.
         """
+        self._prepare()
         settings = self.settings
-        self._guidance = guidance.of(self.pipe)
-        self._profile = self._timed("profile", self._measure_profile)
-        self._costs = self._profile.costs
-        self._target = settings.budget.seconds_of(self._costs.teacher(settings.steps))
-        self._frame = self._new_frame(SAFETY * self._target)
-        fastest = fastest_seconds(settings.space, self._frame) / SAFETY
-        if fastest > self._target:
-            raise BudgetError(out_of_reach(self._costs, settings.steps, self._target, fastest))
-        if largest_gap(settings.space) > 1:
-            self._timed("calibrate", lambda: self._calibration(settings.steps))
-        self._evaluator = self._timed("teacher", self._new_evaluator)
         ledger = Ledger(self.folder, settings.seed, settings.space.name)
         self._timed("trials", lambda: self._trials(ledger))
         ledger.write_csv(self.folder / "trials.csv")
-        verdict = self._timed("choose", lambda: self._choose(ledger))
+        self._choice = Chooser(
+            self.pipe, settings, self._evaluator, self._target, self._again, self.on_progress
+        )
+        verdict = self._timed("choose", lambda: self._choice.choose(ledger))
         rows = self._timed("table", lambda: self._rows(ledger, verdict))
         measured, samples = self._timed("test", lambda: self._test(verdict))
         records = ledger.records()
@@ -91,11 +89,33 @@ class Search:
             update={"measured": measured, "provenance": self._provenance(len(records))}
         )
         result = conclude(
-            self.pipe, settings, self._profile, records, rows, policy, self.stage_seconds
+            self.pipe,
+            settings,
+            self._profile,
+            records,
+            rows,
+            policy,
+            self.stage_seconds,
+            self._notes,
         )
         return Outcome(result, self._profile, *samples)
 
     # -- stages ----------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Refuse what cannot work, and measure what all trials need."""
+        steps = self.settings.steps
+        self._guidance = guidance.of(self.pipe)
+        check_steps(self.pipe, steps)
+        self._profile = self._timed("profile", self._measure_profile)
+        self._costs = self._profile.costs
+        self._target = self.settings.budget.seconds_of(self._costs.teacher(steps))
+        self._frame = self._new_frame(SAFETY * self._target)
+        self._check_reach()
+        if largest_gap(self.settings.space) > 1:
+            self._timed("calibrate", lambda: self._calibration(steps))
+        self._solvers = other_solvers(self.pipe)
+        self._evaluator = self._timed("teacher", self._new_evaluator)
 
     def _measure_profile(self) -> Profile:
         """Profile the pipe, or read the profile that is in the folder."""
@@ -125,6 +145,23 @@ class Search:
             memory=self._profile.memory(self.settings.keep, self.settings.max_memory),
         )
 
+    def _check_reach(self) -> None:
+        """Refuse a memory limit or a budget that no policy can keep.
+
+        Raises: BudgetError naming what could work.
+        """
+        memory = self._frame.memory
+        if memory.limit is not None and memory.score > memory.limit:
+            raise BudgetError(
+                f"--max-memory {size(memory.limit)}: every policy keeps at least the score of one"
+                f" keyframe, {size(memory.score)} at batch {self.settings.batch}: allow"
+                f" {memory.score}B or more, or take a smaller --batch"
+            )
+        fastest = fastest_seconds(self.settings.space, self._frame) / SAFETY
+        if fastest > self._target:
+            n = self.settings.steps
+            raise BudgetError(out_of_reach(self._costs, n, self._target, fastest))
+
     def _calibration(self, steps: int) -> Calibration:
         """The table of a step count: from memory, from the folder, or measured now."""
         if steps in self._tables:
@@ -139,6 +176,7 @@ class Search:
             steps,
             self._frame.masks,
             max_gap=largest_gap(self.settings.space),
+            batch=self.settings.batch,
             on_step=lambda done, total: self.on_progress("calibrate", done, total),
         )
         self._tables[steps].save(path)
@@ -174,7 +212,9 @@ class Search:
         steps = len(draft.steps)
         if decoded.rollouts and steps == self.settings.steps:
             seeds = self.settings.seeds("calibration")
-            self._path = self._path or correction.trajectory(self.pipe, seeds, steps)
+            self._path = self._path or correction.trajectory(
+                self.pipe, seeds, steps, self.settings.batch
+            )
             policy = correction.correct(self.pipe, policy, self._path, decoded.rollouts)
         return Candidate(draft.name, draft.group, policy, decoded.seconds)
 
@@ -227,54 +267,7 @@ class Search:
         ledger.tell(trial, value, notes)
         scored[digest] = Record(trial.number, trial.params, value, notes)
 
-    # -- choosing --------------------------------------------------------------------------------
-
-    def _choose(self, ledger: Ledger) -> Verdict:
-        """Winner by FID among the finalists, held to the budget by measurement."""
-        best = finalists(ledger.records(), self._target)
-        if not best:
-            raise BudgetError(
-                f"no trial met the budget {self.settings.budget.text}: raise --trials, or ask for"
-                " a smaller speed-up"
-            )
-        ranked = []
-        for done, record in enumerate(best):
-            self.on_progress("choose", done, len(best))
-            found = _candidate_of(record)
-            score = self._score_of(found)
-            fid = self._evaluator.fid(score)
-            ranked.append((score.error.value if fid is None else fid, record, found))
-        ranked.sort(key=lambda item: item[0])
-        verdict = self._hold([(record, found) for _, record, found in ranked])
-        return self._never_worse(verdict, ledger.records())
-
-    def _never_worse(self, verdict: Verdict, records: list[Record]) -> Verdict:
-        """Take a published row instead, if it is nearer to the teacher and keeps the budget too.
-
-        Held to the budget by measurement, the choice may have become faster and worse than it was
-        among the trials.
-        """
-        error = self._score_of(verdict.found).error.value
-        rows = [r for r in records if "line" in r.notes and r.notes["seconds"] <= self._target]
-        nearer = [r for r in rows if r.notes["line"]["error"]["value"] < error]
-        nearer.sort(key=lambda r: r.notes["line"]["error"]["value"])
-        try:
-            return self._hold([(r, _candidate_of(r)) for r in nearer]) if nearer else verdict
-        except BudgetError:  # none of them, when measured
-            return verdict
-
-    def _hold(self, ranked: list[tuple[Record, Candidate]]) -> Verdict:
-        def on_pair(pairs: int, width: float) -> None:
-            self.on_progress("measure", pairs, pairs + 1)
-
-        return within_budget(self.pipe, self.settings, ranked, self._again, on_pair)
-
-    def _score_of(self, found: Candidate) -> Score:
-        """A candidate's score on all validation seeds; drawn once."""
-        digest = found.policy.digest
-        if digest not in self._scores:
-            self._scores[digest] = self._evaluator.score(found.policy)
-        return self._scores[digest]
+    # -- showing ---------------------------------------------------------------------------------
 
     def _again(self, record: Record, seconds: float) -> Candidate | None:
         """The same parameters at another time per call: the next policy on the front."""
@@ -283,7 +276,7 @@ class Search:
         frame = replace(self._frame, seconds=seconds)
         try:
             return self.candidate(decode(self.settings.space, fixed(record.params), frame))
-        except BudgetError:  # beyond what these parameters can reach
+        except (BudgetError, MeasurementError):  # beyond what these parameters can reach
             return None
 
     def _rows(self, ledger: Ledger, verdict: Verdict) -> list[Row]:
@@ -294,31 +287,44 @@ class Search:
         rows = [policy_row(teacher, evaluator.teacher_score(), evaluator, costs)]
         lines = [r.notes["line"] for r in ledger.records() if "line" in r.notes]
         rows += [Row.model_validate(line) for line in lines]
-        solvers = other_solvers(self.pipe)
-        affordable = max(2, int((self._target - costs.fixed) / costs.key))
+        rows += self._front(verdict)
         chosen = replace(verdict.found, name="chosen", group="chosen")
-        planned = [*self._front(verdict), chosen]
-        total = len(planned) + len(solvers)
-        for done, found in enumerate(planned):
-            self.on_progress("table", done, total)
-            rows.append(policy_row(found, self._score_of(found), evaluator, costs))
-        rows[-1] = rows[-1].model_copy(update={"speedup": verdict.timing.ratio})
-        for name, scheduler in solvers.items():
-            self.on_progress("table", total - 1, total)
-            score = evaluator.score_solver(scheduler, affordable)
-            rows.append(solver_row(name, affordable, score, evaluator, costs))
+        row = policy_row(chosen, self._choice.score(chosen), evaluator, costs)
+        rows.append(row.model_copy(update={"speedup": verdict.timing.ratio}))
+        affordable = max(2, int((self._target - costs.fixed) / costs.key))
+        for done, (name, scheduler) in enumerate(self._solvers.items()):
+            self.on_progress("table", len(FRONT) + done, len(FRONT) + len(self._solvers))
+            with self._optional(f"{name}, {affordable} steps"):
+                score = evaluator.score_solver(scheduler, affordable)
+                rows.append(solver_row(name, affordable, score, evaluator, costs))
         return rows
 
-    def _front(self, verdict: Verdict) -> list[Candidate]:
+    def _front(self, verdict: Verdict) -> list[Row]:
         """The chosen parameters at other speed-ups; none where the choice has no front."""
         teacher = self._costs.teacher(self.settings.steps)
         asked = teacher / self._target
-        front = []
-        for speedup in (s for s in FRONT if abs(s / asked - 1) > 0.05):
-            found = self._again(verdict.record, SAFETY * teacher / speedup)
-            if found is not None:
-                front.append(replace(found, name=f"planned {speedup:g}x", group="planned"))
-        return front
+        rows = []
+        for done, speedup in enumerate(FRONT):
+            self.on_progress("table", done, len(FRONT) + len(self._solvers))
+            if abs(speedup / asked - 1) <= 0.05:
+                continue
+            with self._optional(name := f"planned {speedup:g}x"):
+                found = self._again(verdict.record, SAFETY * teacher / speedup)
+                if found is not None:
+                    found = replace(found, name=name, group="planned")
+                    score = self._choice.score(found)
+                    rows.append(policy_row(found, score, self._evaluator, self._costs))
+        return rows
+
+    @contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
+        """Leave out a row of the table that fails, with a remark: the search has its policy."""
+        try:
+            yield
+        except Exception as error:
+            _log.debug("%s is not shown", name, exc_info=True)
+            kind = "" if isinstance(error, AutofrError) else f"{type(error).__name__}: "
+            self._notes.append(f"{name} is not shown: {kind}{error}.")
 
     def _test(self, verdict: Verdict) -> tuple[Measured, tuple[Samples, Samples]]:
         policy = verdict.found.policy
@@ -353,10 +359,3 @@ class Search:
         self.stage_seconds[stage] = time.monotonic() - began
         self.on_progress(stage, 1, 1)
         return found
-
-
-def _candidate_of(record: Record) -> Candidate:
-    """The candidate that a trial has scored."""
-    notes = record.notes
-    policy = Policy.model_validate(notes["policy"], strict=False)
-    return Candidate(notes["label"], notes["group"], policy, notes["seconds"])

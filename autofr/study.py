@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from autofr.families import discover
 from autofr.latency import Budget
 from autofr.points import Pipe, find_denoiser, fingerprint, weights_hash
 from autofr.policy import AS_IS, Keep
+from autofr.sampler import scheduler_config
 from autofr.space import Space
 
 STUDY = "autofr"
@@ -34,7 +36,9 @@ PURPOSES = ("calibration", "validation", "test")
 class Settings:
     """What the user asked for; the seeds of the three purposes are disjoint by construction.
 
-    `inputs` is the digest of a task's inputs; `max_memory` limits the bytes kept on the device.
+    `inputs` is the digest of a task's inputs and `inputs_count` how many rows they are (0: drawn
+    from noise alone); seed s draws row s modulo that. `max_memory` limits the bytes kept on the
+    device.
     """
 
     name: str
@@ -50,19 +54,36 @@ class Settings:
     validation_seeds: int = 40
     test_seeds: int = 96
     inputs: str = ""
+    inputs_count: int = 0
     keep: Keep = AS_IS
     max_memory: int | None = None
     command: str = ""
 
     def seeds(self, purpose: str) -> list[int]:
-        """Seeds of "calibration", "validation" or "test"."""
-        count = getattr(self, f"{purpose}_seeds")
-        start = self.seed * 1_000_000 + PURPOSES.index(purpose) * 100_000
-        return list(range(start, start + count))
+        """Seeds of "calibration", "validation" or "test".
+
+        They draw other inputs than the purposes before them, as long as there are enough rows.
+        """
+        place = PURPOSES.index(purpose)
+        start = self.seed * 1_000_000 + place * 100_000
+        if self.inputs_count:
+            before = sum(getattr(self, f"{name}_seeds") for name in PURPOSES[:place])
+            start += (before - start) % self.inputs_count
+        return list(range(start, start + getattr(self, f"{purpose}_seeds")))
+
+    def seen(self) -> int:
+        """How many of the test seeds draw an input that an earlier purpose has drawn."""
+        if not self.inputs_count:
+            return 0
+        drawn = [{s % self.inputs_count for s in self.seeds(name)} for name in PURPOSES[:2]]
+        return sum(s % self.inputs_count in set.union(*drawn) for s in self.seeds("test"))
 
 
 class Spec(BaseModel):
-    """What a run's results depend on; a folder holds one spec."""
+    """What a run's results depend on; a folder holds one spec.
+
+    Folders of older versions do not say how the scheduler was set: there it is not compared.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,6 +92,7 @@ class Spec(BaseModel):
     fingerprint: str
     weights: str
     scheduler: str
+    scheduler_config: dict[str, Any] | None = None
     budget: str
     steps: int
     batch: int
@@ -81,6 +103,7 @@ class Spec(BaseModel):
     dtype: str
     threads: int
     inputs: str = ""
+    inputs_count: int = 0
     keep: Keep = Keep()
     max_memory: int | None = None
 
@@ -95,6 +118,7 @@ def spec_of(pipe: Pipe, settings: Settings) -> Spec:
         fingerprint=fingerprint(denoiser, discover(denoiser)),
         weights=weights_hash(denoiser),
         scheduler=type(pipe.scheduler).__name__,
+        scheduler_config=json.loads(json.dumps(scheduler_config(pipe), default=str)),
         budget=settings.budget.text,
         steps=settings.steps,
         batch=settings.batch,
@@ -105,6 +129,7 @@ def spec_of(pipe: Pipe, settings: Settings) -> Spec:
         dtype=str(denoiser.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         inputs=settings.inputs,
+        inputs_count=settings.inputs_count,
         keep=settings.keep,
         max_memory=settings.max_memory,
     )
@@ -163,13 +188,22 @@ def _check_spec(folder: Path, path: Path, spec: Spec) -> None:
         raise RunFolderError(
             f"{path} is damaged or of another version; give another folder with --out"
         ) from None
-    old, new = there.model_dump(), spec.model_dump()
-    different = [f"{k}: {old[k]} there, {new[k]} asked" for k in new if old[k] != new[k]]
+    different = _differences(there, spec)
     if different:
         raise RunFolderError(
             f"{folder} holds another run ({'; '.join(different)}); give another folder with --out,"
             " or ask for the same run to resume it"
         )
+
+
+def _differences(there: Spec, asked: Spec) -> list[str]:
+    """Every field of two specs that differs, with both values; of the scheduler, every setting."""
+    old, new = there.model_dump(), asked.model_dump()
+    before, after = old.pop("scheduler_config"), new.pop("scheduler_config")
+    if before is not None and after is not None and there.scheduler == asked.scheduler:
+        old |= {f"scheduler's {name}": before.get(name) for name in before | after}
+        new |= {f"scheduler's {name}": after.get(name) for name in before | after}
+    return [f"{k}: {old[k]} there, {new[k]} asked" for k in new if old[k] != new[k]]
 
 
 @dataclass(frozen=True)
@@ -254,6 +288,11 @@ class Ledger:
         """All finished trials in order."""
         done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return [Record(t.number, t.params, float(t.value), t.user_attrs) for t in done]  # type: ignore[arg-type]
+
+    def reasons(self) -> Counter[str]:
+        """Why trials were closed without a value, and how many for each reason."""
+        pruned = self._study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        return Counter(str(t.user_attrs.get("reason", "")) for t in pruned)
 
     def proposed(self) -> int:
         """How many trials the algorithm (or its queue) has had, published rows aside."""

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from autofr.errors import ModelError, TaskError
+from autofr.errors import AutofrError, ModelError, TaskError
 from autofr.points import Pipe, find_denoiser, name_of
 
 Inputs = Sequence[Mapping[str, Any]]
 """One row of call arguments per sample: `{"prompt": "a cat"}`, `{"class_labels": 3}`, ..."""
 
 OWN = ("num_inference_steps", "generator", "output_type", "batch_size", "return_dict")
-STARTS = ("image", "mask_image", "control_image", "video")
+OPTIONS = {"num_inference_steps": "--steps", "batch_size": "--batch", "generator": "--seed"}
+STARTS = ("image", "mask_image", "control_image")
+FROM_VIDEOS = ("VideoToVideo", "Video2Video")
 FROM_IMAGES = (
     "Img2Img", "ImageToVideo", "I2V", "Inpaint", "Upscale", "Pix2Pix", "Depth2Img", "ControlNet",
 )  # fmt: skip
@@ -54,7 +56,8 @@ class Task:
     Attributes (`unet`, `scheduler`, ...) are those of the pipe; setting one sets it there.
     Args: pipe, any diffusers pipeline; inputs, arguments that differ from sample to sample; call,
         arguments that all calls share (`{"guidance_scale": 5.0}`).
-    Raises: TaskError when the pipe's call knows no such argument, or `inputs` is empty.
+    Raises: TaskError when the pipe's call knows no such argument, or `inputs` is empty; also when
+        the first call is refused for what an argument says.
     """
 
     def __init__(self, pipe: Pipe, inputs: Inputs, call: Mapping[str, Any] | None = None) -> None:
@@ -63,13 +66,19 @@ class Task:
         unknown = sorted(name for name in given if name not in known or name in OWN)
         if unknown:
             usable = ", ".join(name for name in known if name not in OWN)
+            own = [f"{OPTIONS[name]} sets {name}" for name in unknown if name in OPTIONS]
             raise TaskError(
-                f"{name_of(pipe)} cannot be given {', '.join(unknown)}; its call takes {usable}"
+                f"{name_of(pipe)} cannot be given {', '.join(unknown)};"
+                f" {', '.join([*own, f'its call takes {usable}'])}"
             )
         if not inputs or any(set(row) != set(inputs[0]) for row in inputs):
             raise TaskError("inputs: expected at least one row, and the same arguments in all rows")
         vars(self).update(
-            _pipe=pipe, _inputs=[dict(row) for row in inputs], _call=dict(call or {}), _known=known
+            _pipe=pipe,
+            _inputs=[dict(row) for row in inputs],
+            _call=dict(call or {}),
+            _known=frozenset(known),
+            _tried=False,
         )
 
     def __call__(
@@ -96,16 +105,34 @@ class Task:
             "batch_size": batch_size,
         }
         given |= {name: value for name, value in own.items() if name in self._known}
-        return SimpleNamespace(images=_images(self._pipe(**given)))
+        images = _images(self._pipe(**given) if self._tried else self._first(given))
+        vars(self)["_tried"] = True
+        return SimpleNamespace(images=images)
+
+    def _first(self, given: Mapping[str, Any]) -> Any:
+        """Call the pipe; what it refuses at its first call was asked for."""
+        try:
+            return self._pipe(**given)
+        except AutofrError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"{name_of(self._pipe)} cannot be called so: {error}") from error
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_pipe"], name)
+        if "_pipe" not in vars(self) or name.startswith("__"):  # a copy in the making asks for some
+            raise AttributeError(name)
+        return getattr(self._pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._pipe, name, value)
 
     def __delattr__(self, name: str) -> None:
         delattr(self._pipe, name)
+
+    @property
+    def rows(self) -> int:
+        """How many inputs there are; 0 where noise alone tells samples apart."""
+        return len(self._inputs) if self._inputs[0] else 0
 
     @property
     def digest(self) -> str:
@@ -146,38 +173,58 @@ def as_task(
 ) -> Pipe:
     """Return a pipe that can be called by seeds: the pipe itself if it can, else a `Task`.
 
-    Without inputs, prompts of our own or all class labels are drawn from.
+    Without inputs, prompts of our own or all class labels are drawn from. An image to start from
+    may stand in `call`; every sample is then given it.
     Raises: TaskError when the pipe needs more than that (an image to start from).
     """
     known = inspect.signature(pipe.__call__).parameters
-    if "batch_size" in known and not inputs and not call:
-        return pipe
-    if "batch_size" in known and not inputs:
-        return Task(pipe, [{}], call)
+    call = dict(call or {})
     if "batch_size" in known:
-        raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
-    if inputs:
-        return Task(pipe, inputs, call)
-    required = [
-        name
-        for name, parameter in known.items()
-        if name in STARTS and name not in (call or {}) and _needed(pipe, parameter)
-    ]
-    if required:
-        row = {"prompt": "a cat"} if "prompt" in known else {}
-        row |= {name: "cat.png" for name in required}
+        if inputs:
+            raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
+        return Task(pipe, [{}], call) if call else pipe
+    starts = {name: call.pop(name) for name in STARTS if name in call}
+    if not inputs:
+        _check_starts(pipe, known, starts)
+    rows = inputs or _drawn(pipe, known) or ([{}] if starts else [])
+    if not rows:
         raise TaskError(
-            f"{name_of(pipe)} starts from {' and '.join(required)}: give --inputs, a file"
-            f" with a JSON object per line such as {json.dumps(row)}"
+            f"autofr does not know what {name_of(pipe)} draws from: give --inputs, a file with a"
+            f" JSON object per line; its call takes {', '.join(known)}"
         )
+    return Task(pipe, [{**row, **starts} for row in rows], call)
+
+
+def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a pipe whose images to start from are not all given.
+
+    Raises: TaskError saying how they are.
+    """
+    name = name_of(pipe)
+    if "video" in known and any(word in name for word in FROM_VIDEOS):
+        raise TaskError(
+            f"{name} starts from a video, which the command line does not read: search from"
+            " Python, with autofr.Task(pipe, [{'video': frames}])"
+        )
+    missing = [
+        start
+        for start, parameter in known.items()
+        if start in STARTS and start not in given and _needed(pipe, parameter)
+    ]
+    if missing:
+        row = {"prompt": "a cat"} if "prompt" in known else {}
+        row |= {start: "cat.png" for start in missing}
+        raise TaskError(
+            f"{name} starts from {' and '.join(missing)}: give --inputs, a file with a JSON object"
+            f" per line such as {json.dumps(row)}"
+        )
+
+
+def _drawn(pipe: Pipe, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is drawn when nothing is given: all class labels, or prompts of our own."""
     if "class_labels" in known:
-        return Task(pipe, [{"class_labels": label} for label in range(_labels(pipe))], call)
-    if "prompt" in known:
-        return Task(pipe, [{"prompt": prompt} for prompt in PROMPTS], call)
-    raise TaskError(
-        f"autofr does not know what {name_of(pipe)} draws from: give --inputs, a file with a"
-        f" JSON object per line; its call takes {', '.join(known)}"
-    )
+        return [{"class_labels": label} for label in range(_labels(pipe))]
+    return [{"prompt": prompt} for prompt in PROMPTS] if "prompt" in known else []
 
 
 def _needed(pipe: Pipe, parameter: inspect.Parameter) -> bool:
@@ -224,27 +271,28 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
             f"--inputs {path}, line {number}: expected an object of call arguments such as"
             ' {"prompt": "a cat"}'
         )
-    return {name: _value(path, number, name, value) for name, value in row.items()}
+    where = f"--inputs {path}, line {number}"
+    return {name: _value(where, path.parent, name, value) for name, value in row.items()}
 
 
-def _value(path: Path, number: int, name: str, value: Any) -> Any:
+def _value(where: str, folder: Path, name: str, value: Any) -> Any:
+    """The value of an argument: the picture itself, where its name says that it is one."""
     if "image" not in name or not isinstance(value, str):
         return value
     from PIL import Image
 
-    place = path.parent / value
+    place = folder / value
     try:
         return Image.open(place).convert("L" if "mask" in name else "RGB")
     except OSError as error:
-        raise TaskError(
-            f"--inputs {path}, line {number}: {name} {place} cannot be read ({error})"
-        ) from None
+        raise TaskError(f"{where}: {name} {place} cannot be read ({error})") from None
 
 
 def parse_call(pairs: Sequence[str]) -> dict[str, Any]:
     """Read `NAME=VALUE` pairs; values are JSON, or text where they are not.
 
-    Raises: TaskError for a pair without a name or a value.
+    Arguments whose name says image are paths, relative to the working directory.
+    Raises: TaskError for a pair without a name or a value, or a picture that cannot be read.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -252,7 +300,8 @@ def parse_call(pairs: Sequence[str]) -> dict[str, Any]:
         if not name or not mark or not text:
             raise TaskError(f"--call {pair!r}: expected NAME=VALUE, such as guidance_scale=5")
         try:
-            found[name] = json.loads(text)
+            value = json.loads(text)
         except ValueError:
-            found[name] = text
+            value = text
+        found[name] = _value(f"--call {pair}", Path(), name, value)
     return found

@@ -13,7 +13,7 @@ from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate, draw_all, interval
 from autofr.latency import Paired, paired
 from autofr.mix import executed
-from autofr.points import Pipe, device_of
+from autofr.points import Pipe, device_of, find_denoiser
 from autofr.policy import Fid, Interval, Measured, Policy
 from autofr.profiling import device_name, versions
 from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
@@ -136,6 +136,11 @@ def within_budget(
     )
 
 
+def dtype_of(pipe: Pipe) -> str:
+    """The denoiser's own type of number, which may not be that of the policy."""
+    return str(find_denoiser(pipe).dtype).removeprefix("torch.")
+
+
 def policy_steps(policy: Policy) -> list[str]:
     """Step names as they run and cost."""
     return [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
@@ -145,7 +150,7 @@ def test(
     pipe: Pipe,
     policy: Policy,
     timing: Paired,
-    predicted_speedup: float,
+    predicted_speedup: float | None,
     *,
     seeds: Sequence[int],
     steps: int,
@@ -182,7 +187,7 @@ def test(
         predicted_speedup=predicted_speedup,
         batch=batch,
         device=device_name(pipe),
-        dtype=policy.sampler.dtype,
+        dtype=dtype_of(pipe),
         threads=torch.get_num_threads(),
         versions=versions(),
         samples=len(seeds),

@@ -6,22 +6,25 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from conftest import ddim
+from folders import write
 from PIL import Image
 from test_search import STEPS, few_rows, settings, tiny_pipe, tiny_unet, work_clock
 
-from autofr import study
+from autofr import cli, console, job, study
 from autofr.cli import app, main
 from autofr.console import progress
 from autofr.errors import AutofrError, BudgetError, MeasurementError
@@ -239,6 +242,14 @@ def test_a_bad_choice_is_answered_with_the_good_ones(
 ) -> None:
     """What is unknown is named together with what is known."""
     refused(autofr("search", "--model", model, option, value, "--threads", 1), *said)
+
+
+def test_cores_are_counted_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems that do not say which cores a process may use are asked how many there are."""
+    assert cli._cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cli._cores() == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -465,6 +476,15 @@ def test_a_report_needs_its_profile_whole_or_not_at_all(
     assert autofr("report", tmp_path).code == 0
 
 
+def test_a_policy_may_be_written_into_a_new_folder(policy: Path, tmp_path: Path) -> None:
+    """Places are checked in one way: a missing folder is made, anything in the way is named."""
+    out = tmp_path / "new" / "policy.json"
+    assert autofr("retime", policy, "--steps", 8, "--out", out).code == 0
+    assert load(out).sampler.replaces == 8
+    refused(autofr("retime", policy, "--steps", 8, "--out", tmp_path), "name of a file")
+    refused(autofr("retime", policy, "--steps", 8, "--out", out / "in"), "cannot write there")
+
+
 # -- failures, interrupts, --debug ----------------------------------------------------------------
 
 
@@ -596,6 +616,19 @@ def test_show_needs_no_masks(policy: Path) -> None:
     assert "          K key, · jump" in lines
 
 
+def test_show_has_a_letter_for_every_mask(policy: Path) -> None:
+    """However many masks there are, steps are printable signs; K is always a keyframe."""
+    found = load(policy)
+    names = [f"m{i}" for i in range(70)]
+    steps = ("key", *names)
+    sampler = found.sampler.model_dump() | {"num_inference_steps": 71, "replaces": 71}
+    many = found.model_dump() | {"steps": steps, "sampler": sampler}
+    many["masks"] = dict.fromkeys(names, found.masks["early"])
+    strip = console.words(Policy(**many))[2].split()[1]
+    assert len(strip) == 71 and strip.isascii() and strip.isprintable()
+    assert strip.count("K") == 1 and len(set(strip[1:62])) == 61 and strip[62:] == "?" * 9
+
+
 def test_show_tells_what_was_measured(searched: tuple[Path, Ran]) -> None:
     """A policy of a search is shown with its speed-up, its error and the command that found it."""
     found = load(searched[0] / "policy.json")
@@ -655,6 +688,62 @@ def test_evaluate_measures_a_policy(model: Path, policy: Path) -> None:
     found = json.loads(autofr(*words, "--threads", 1, "--json").out)
     assert found["speedup"]["value"] > 1 and found["samples"] == 2
     assert found["trajectory_error"]["value"] > 0
+
+
+def test_evaluate_tells_what_is_lost_to_another_policy(
+    model: Path, policy: Path, tmp_path: Path
+) -> None:
+    """Two policies for the same teacher are compared in one sentence."""
+    pipe, steps = tiny_pipe("ldm"), ("key", "jump") * 3
+    other = compose(pipe, "tiny", steps, {}, Constant(), replaces=STEPS, latent_shape=(3, 8, 8))
+    other.save(tmp_path / "other.json")
+    words = ["--policy", policy, "--against", tmp_path / "other.json", "--samples", 2]
+    ran = autofr("evaluate", "--model", model, *words, "--batch", 2, "--threads", 1)
+    assert ran.code == 0 and "times the error of the second" in ran.out, ran
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"replaces": STEPS + 4}, f"steps of a call {STEPS} and {STEPS + 4}"),
+        ({"scheduler": "UniPCMultistepScheduler"}, "DDIMScheduler and UniPCMultistepScheduler"),
+        ({"config": {"timestep_spacing": "trailing"}}, "timestep_spacing leading and trailing"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_policies_of_different_teachers_are_not_compared(
+    policy: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """Errors to different teachers say nothing of each other; no model is loaded to find out."""
+    sampler = json.loads(policy.read_text())["sampler"]
+    changes = {k: {**sampler[k], **v} if k == "config" else v for k, v in changes.items()}
+    (tmp_path / "other.json").write_text(edited(policy, sampler=sampler | changes))
+    words = ["--model", "nowhere", "--policy", policy, "--against", tmp_path / "other.json"]
+    refused(autofr("evaluate", *words), "different teachers", said)
+
+
+def test_inputs_of_a_search_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search knows how many inputs there are; what is drawn from noise alone has none."""
+    asked: list[study.Settings] = []
+    monkeypatch.setattr(job, "estimate", lambda pipe, settings, _: asked.append(settings) or "")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na boat\n", encoding="utf-8")
+    tiny_pipe("ldm").save_pretrained(tmp_path / "ldm")
+    for folder, more in (
+        (write("sd", tmp_path / "sd"), ["--inputs", tmp_path / "prompts.txt"]),
+        (tmp_path / "ldm", ["--call", "eta=0"]),
+    ):
+        ran = autofr("search", "--model", folder, *more, "--threads", 1, "--dry-run")
+        assert ran.code == 0, ran
+    assert [settings.inputs_count for settings in asked] == [3, 0]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 100])
+def test_evaluate_draws_what_a_search_tests_with(rows: int) -> None:
+    """A policy is evaluated on the seeds, and inputs, that its search used for nothing else."""
+    pipe: Any = SimpleNamespace(rows=rows)
+    asked = settings(test_seeds=64, inputs_count=rows, calibration_seeds=8, validation_seeds=40)
+    found = cli._test_seeds(pipe, asked.seed, 64)
+    assert found == asked.seeds("test") and len(set(found)) == 64
 
 
 def test_dry_run_writes_nothing(

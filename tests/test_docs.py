@@ -26,10 +26,7 @@ OTHER = {"python", "py", "json", "toml"}  # blocks of these languages hold no co
 @pytest.fixture(scope="module")
 def readme() -> str:
     """The README's text."""
-    path = ROOT / "README.md"
-    if not path.is_file():
-        pytest.skip("there is no README.md yet")
-    return path.read_text(encoding="utf-8")
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -174,6 +171,33 @@ def test_the_file_tree_names_no_file_that_is_gone(readme: str) -> None:
     assert named - {path.name for path in (ROOT / "autofr").glob("*.py")} == set()
 
 
+def test_the_file_tree_names_every_benchmark(readme: str) -> None:
+    """The scripts behind the numbers can be found."""
+    trees = "\n".join(content for _, content in blocks(readme))
+    files = [path.name for path in (ROOT / "benchmarks").glob("*.py")]
+    assert [name for name in files if not re.search(rf"(?<![\w.]){re.escape(name)}\b", trees)] == []
+
+
+def test_dependencies_are_imported() -> None:
+    """Nothing is installed along with autofr that it never imports."""
+    names = {re.split(r"[^\w-]", one, maxsplit=1)[0] for one in PROJECT["dependencies"]}
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "autofr").rglob("*.py"))
+    modules = {name: {"pillow": "PIL"}.get(name, name) for name in names}
+    assert [n for n, m in modules.items() if not re.search(rf"(?:import|from) {m}\b", text)] == []
+
+
+def test_stages_of_solvers_are_as_the_documents_say() -> None:
+    """Heun's stages share a step, those of DPM-Solver++ 2S are steps of their own."""
+    from diffusers import DPMSolverSinglestepScheduler, HeunDiscreteScheduler
+
+    from autofr.clock import solver_steps
+
+    for solver, steps in ((HeunDiscreteScheduler(), 4), (DPMSolverSinglestepScheduler(), 7)):
+        solver.set_timesteps(steps)
+        assert len(solver.timesteps) == 7
+        assert len({*solver_steps(solver)}) == steps
+
+
 def test_pictures_and_links_lead_somewhere(readme: str) -> None:
     """Local links of the README lead to files of the checkout, once there are results."""
     links = re.findall(r"\]\(([^)#\s]+)\)", readme)
@@ -191,9 +215,9 @@ def test_the_table_of_results_is_that_of_the_runs(readme: str) -> None:
 
 def test_public_names_are_documented_in_the_package(readme: str) -> None:
     """What `import autofr` offers for use in a pipeline is in the README."""
-    for name in ("apply", "remove", "reuse"):
-        assert name in autofr.__all__
+    for name in {*autofr.__all__} - {"AutofrError"}:
         assert f"autofr.{name}" in readme
+    assert "`retime(steps)`" in readme
 
 
 # -- CHANGELOG ------------------------------------------------------------------------------------

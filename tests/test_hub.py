@@ -305,6 +305,14 @@ def test_a_file_is_pushed_like_its_policy(hub: Hub, tmp_path: Path) -> None:
     assert push(tmp_path / "any-name.json", REPOSITORY) == push(POLICY, REPOSITORY)
 
 
+def test_a_policy_on_the_hub_is_pushed_by_its_reference(hub: Hub) -> None:
+    """What stands on the hub is taken wherever a file is: a push copies it to another place."""
+    made = push(POLICY, REPOSITORY)
+    assert load(pull(push(made, f"{OWNER}/copy"))) == POLICY
+    with pytest.raises(HubError, match="has no revision nowhere"):
+        push(f"hub:{REPOSITORY}@nowhere", f"{OWNER}/copy")
+
+
 def test_a_push_is_one_commit_and_only_if_something_changed(hub: Hub) -> None:
     """Policy and card arrive together; the same push again makes no commit."""
     first = push(POLICY, REPOSITORY)

@@ -736,11 +736,12 @@ def test_import_and_export_are_inverse(model: Path, tmp_path: Path) -> None:
 
 def test_commands_fail_before_they_load(tmp_path: Path) -> None:
     """A place that cannot be written is refused before the model is looked for."""
-    nowhere = tmp_path / "none" / "policy.json"
+    (tmp_path / "way").write_text("mine")
+    nowhere = tmp_path / "way" / "policy.json"
     words = ["import", "3,0", "--from", "deepcache", "--model", "none", "--steps", "8", "--out"]
-    with pytest.raises(UserError, match="a folder that exists"):
+    with pytest.raises(UserError, match="cannot write there"):
         autofr(*words, nowhere)
-    with pytest.raises(UserError, match="a folder that exists"):
+    with pytest.raises(UserError, match="expected the name of a file"):
         autofr("export", "none.json", "--to", "deepcache", "--model", "none", "--out", tmp_path)
 
 

@@ -18,7 +18,7 @@ from test_search import (
 )
 
 from autofr import job
-from autofr.errors import BudgetError, PolicyError, RunFolderError
+from autofr.errors import BudgetError, ModelError, PolicyError, RunFolderError
 from autofr.latency import parse_budget
 from autofr.policy import load
 from autofr.report import load_result
@@ -168,6 +168,26 @@ def test_a_policy_is_measured_again_on_other_seeds(done: Done) -> None:
     assert found.seeds == "70 to 73" and found.samples == 4
     assert found.predicted_speedup == policy.measured.predicted_speedup
     assert found.speedup.value == pytest.approx(policy.measured.speedup.value)
+
+
+@pytest.mark.parametrize("change", [{"batch": 3}, {"device": "another"}, {"dtype": "float16"}])
+def test_a_prediction_for_other_conditions_is_not_repeated(
+    done: Done, monkeypatch: Any, change: dict[str, Any]
+) -> None:
+    """Predicted speed-up and memory are of one device, batch and type of number."""
+    policy = done.result.policy
+    assert policy.measured is not None
+    there = policy.measured.model_copy(update=change)
+    other = policy.model_copy(update={"measured": there})
+    with work_clock():
+        found = job.evaluate(tiny_pipe("ldm"), other, range(70, 72), 2)
+    assert found.predicted_speedup is None and found.predicted_bytes is None
+
+
+def test_steps_that_a_scheduler_does_not_take_are_refused_by_the_estimate(tmp_path: Path) -> None:
+    """A dry run says so too, before it times anything."""
+    with work_clock(), pytest.raises(ModelError, match="cannot take 1001 steps"):
+        job.estimate(tiny_pipe("ldm"), settings(steps=1001), tmp_path)
 
 
 def test_a_policy_of_another_pipe_is_not_timed(done: Done, monkeypatch: Any) -> None:

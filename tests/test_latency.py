@@ -7,12 +7,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autofr import latency
 from autofr.errors import BudgetError, MeasurementError
-from autofr.latency import Costs, measure_costs, median_interval, paired, parse_budget, seconds
+from autofr.latency import (
+    Costs,
+    measure_costs,
+    median_interval,
+    paired,
+    parse_budget,
+    seconds,
+    synchronize,
+)
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 durations = st.floats(1e-6, 1e3)
@@ -86,7 +95,9 @@ def test_any_text_is_a_budget_or_a_budget_error(text):
         budget = parse_budget(text)
     except BudgetError:
         return
-    assert (budget.speedup or 2) > 1 and (budget.seconds or 1) > 0
+    assert (budget.speedup is None) != (budget.seconds is None)
+    assert budget.speedup is None or budget.speedup > 1
+    assert budget.seconds is None or budget.seconds > 0
 
 
 @laws
@@ -267,6 +278,17 @@ def test_a_call_that_takes_no_time_is_refused(clock):
 def test_seconds_is_the_time_of_one_call(clock):
     """`seconds` calls once and returns what the clock says."""
     assert seconds(lambda: clock.takes(0.25)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("device", "waits"), [("cpu", []), ("cuda:1", ["cuda:1"]), ("mps", ["mps"]), ("xpu", ["xpu"])]
+)
+def test_every_accelerator_is_waited_for(monkeypatch, device, waits):
+    """Whatever kind of device it is, its work is done before a clock is read."""
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: seen.append(str(where)))
+    synchronize(device)
+    assert seen == waits
 
 
 def test_the_median_interval_of_equal_values_is_a_point():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from conftest import make_pipe
 
 from autofr import profiling, sampler
 from autofr.calibration import candidate_masks
@@ -61,6 +63,23 @@ def test_half_precision_halves_and_the_host_takes_all_but_the_scores():
     assert of == [1308, 658, 1308, 8]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_scores_are_predicted_as_they_are_held(prediction, dtype):
+    """What is held as noise is held in float32, whatever the network gives and the policy keeps."""
+    pipe = make_pipe("ddim").to(getattr(torch, dtype))
+    pipe.scheduler.register_to_config(prediction_type=prediction)
+    masks = candidate_masks(discover(pipe.unet))
+    found = profiling.profile(pipe, {}, steps=N, batch=BATCH, seeds=[0, 1])
+    steps, keep = (KEY, "frdiff", JUMP, KEY, "frdiff", JUMP), Keep(dtype="bfloat16")
+    policy = sampler.compose(
+        pipe, "tiny", steps, masks, Constant(), replaces=N, latent_shape=(3, 8, 8), keep=keep
+    )
+    with sampler.reuse(pipe, policy) as patch:
+        sampler.draw(pipe, range(BATCH), N)
+    assert patch.run.peak_bytes == found.memory(keep).of(steps, masks, Constant())
+
+
 def test_what_keeps_too_much_is_refused_with_its_size():
     """The refusal names both sizes."""
     memory = Memory({"a": 3 * 2**20}, 0, limit=2**20)
@@ -69,10 +88,16 @@ def test_what_keeps_too_much_is_refused_with_its_size():
     assert size(3 * 2**20) == "3.0 MiB" and size(2048) == "2.0 KiB"
 
 
-@pytest.mark.parametrize("keep", [Keep(), Keep(dtype="float16"), Keep(dtype="bfloat16")])
+KEEPS = [Keep(), Keep(dtype="float16"), Keep(dtype="bfloat16"), Keep(host=True)]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("name", ["frdiff", "branches", "cut0", "cut6"])
 def test_the_prediction_is_what_a_run_keeps(pipe, name, keep):
-    """Bytes predicted from a profile are the peak of a real run of that policy."""
+    """Bytes predicted from a profile are the peak of a real run of that policy, on the device.
+
+    Here the device is the host, so that storing there saves nothing.
+    """
     masks = candidate_masks(discover(pipe.unet))
     found = profiling.profile(pipe, {}, steps=N, batch=BATCH, seeds=[0, 1])
     steps = (KEY, name, JUMP, KEY, name, name)
@@ -85,7 +110,7 @@ def test_the_prediction_is_what_a_run_keeps(pipe, name, keep):
     assert patch.run.peak_bytes == found.memory(keep).of(steps, masks, Constant())
 
 
-@pytest.mark.parametrize("keep", [Keep(dtype="float16"), Keep(dtype="bfloat16"), Keep(host=True)])
+@pytest.mark.parametrize("keep", KEEPS[1:])
 def test_storing_kept_tensors_otherwise_changes_little(pipe, keep):
     """Half precision rounds what is reused; the host gives back the very numbers."""
     masks = candidate_masks(discover(pipe.unet))

@@ -33,7 +33,8 @@ def scripts() -> list[str]:
     """The Python blocks of the section, one per kind of pipeline."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"^## {TITLE}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return [code for language, code in blocks(found[1] if found else "") if language == "python"]
+    assert found, f'README.md has no section "{TITLE}"'
+    return [code for language, code in blocks(found[1]) if language == "python"]
 
 
 def write_policy(model: Path, steps: int, path: Path) -> int:
@@ -65,8 +66,6 @@ def test_scripts_for_own_pipelines_run(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each draws with its policy: a hub id stands for a tiny folder, a GPU for this machine."""
-    if not scripts():
-        pytest.skip(f'README.md has no section "{TITLE}" yet')
     (script,) = (code for code in scripts() if model in code)
     folder = write(TINY[model], tmp_path / "model")
     (steps,) = map(int, re.findall(r"num_inference_steps=(\d+)", script))

@@ -225,6 +225,15 @@ def size(path: Path) -> tuple[int, int]:
         return image.size
 
 
+def test_the_script_of_a_report_fits_every_pipeline(tmp_path: Path) -> None:
+    """It is Python, and leaves prompts, pictures and what else is asked for to the reader."""
+    result = make_result()
+    report.markdown(result, tmp_path)
+    (script,) = re.findall(r"```python\n(.*?)```", (tmp_path / "report.md").read_text(), re.S)
+    assert f"pipe(*your_arguments, num_inference_steps={result.steps})" in script
+    compile(script, "report.md", "exec")
+
+
 def test_every_picture_is_a_valid_png_of_sensible_size(folder: Path) -> None:
     """All pictures are there, none is empty, tiny or huge."""
     pictures = {path.name: size(path) for path in folder.glob("*.png")}

@@ -25,6 +25,7 @@ from conftest import ddim, tiny_vae
 from autofr import (
     baselines,
     calibration,
+    choose,
     correction,
     evaluate,
     guidance,
@@ -33,13 +34,14 @@ from autofr import (
     search,
     verify,
 )
-from autofr.compare import AS_FAST, remarks, speed
-from autofr.errors import BudgetError, MeasurementError, RunFolderError
+from autofr.compare import AS_FAST, held_out, remarks, speed
+from autofr.errors import BudgetError, MeasurementError, ModelError, RunFolderError
 from autofr.evaluate import Evaluator
 from autofr.latency import parse_budget
+from autofr.mix import Constant
 from autofr.policy import Interval, Policy, load
 from autofr.result import Result, Row
-from autofr.sampler import reuse
+from autofr.sampler import compose, reuse
 from autofr.search import SAFETY, Search
 from autofr.space import Direct, DirectAxes, Planned, PlannedAxes, Space, Uniform, UniformAxes
 from autofr.study import PURPOSES, STATE, Ledger, Record, Settings, dump, run_folder, spec_of
@@ -372,12 +374,12 @@ def test_a_finished_search_runs_no_trial_again(finished: Finished) -> None:
 )
 def test_spaces_without_the_planner_end_too(space: Space, tmp_path: Path, monkeypatch: Any) -> None:
     """A policy that a space made of its own masks is timed, chosen and shown like any other."""
-    finalists = search.finalists
+    finalists = choose.finalists
 
     def own(records: Any, seconds: float) -> Any:
         return finalists([r for r in records if "row" not in r.notes], seconds)
 
-    monkeypatch.setattr(search, "finalists", own)
+    monkeypatch.setattr(choose, "finalists", own)
     asked = settings(space=space, budget=parse_budget("1.2x"), trials=4)
     outcome = run_in(tmp_path / "run", asked)
     measured = outcome.result.policy.measured
@@ -567,6 +569,148 @@ def test_a_time_that_the_teacher_meets_is_refused(finished: Finished, tmp_path: 
     assert "already takes only" in refused("90s", finished, tmp_path)
 
 
+@pytest.mark.parametrize("limit", [1, None])
+def test_a_memory_limit_that_nothing_keeps_is_refused_at_once(
+    finished: Finished, tmp_path: Path, limit: int | None
+) -> None:
+    """Right after the profile the refusal names the least that could work; so much is let in."""
+    score = finished.outcome.profile.score_bytes
+    (tmp_path / STATE).mkdir()
+    shutil.copy(finished.folder / STATE / "profile.json", tmp_path / STATE)
+    asked, stop = settings(max_memory=limit or score), stop_at("teacher")
+    kind = BudgetError if limit else StopIteration
+    with work_clock(), pytest.raises(kind) as refusal:
+        Search(tiny_pipe("ldm"), asked, tmp_path, on_progress=stop).run()
+    there = {path.name for path in (tmp_path / STATE).iterdir()}
+    if limit:
+        assert "--max-memory" in str(refusal.value) and f"{score}B" in str(refusal.value)
+        assert there == {"profile.json"}  # nothing was calibrated
+
+
+@pytest.mark.parametrize("limit", [None, 60.0])
+def test_where_nothing_can_be_chosen_the_trials_say_why(
+    tmp_path: Path, limit: float | None
+) -> None:
+    """The refusal quotes what most trials were given up for, and names what can be raised."""
+    (tmp_path / STATE).mkdir()
+    book = trials_of(tmp_path)
+    for reason in ("it would keep too much", "no plan", "it would keep too much"):
+        book.give_up(book.ask(), reason)
+    one = choose.Chooser(None, settings(time_limit=limit), None, 1.0, None, None)
+    with pytest.raises(BudgetError, match=r"1\.3x \(2 of 3 .* it would keep too much\)") as refusal:
+        one.choose(book)
+    assert ("--time-limit" in str(refusal.value)) == (limit is not None)
+
+
+def test_steps_that_the_scheduler_does_not_take_are_refused_at_once(tmp_path: Path) -> None:
+    """What `set_timesteps` refuses is said before any work, with the way out."""
+    pipe = tiny_pipe()
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(ddim().config, num_train_timesteps=20)
+    with work_clock(), pytest.raises(ModelError, match=r"cannot take 30 steps: .*--steps"):
+        Search(pipe, settings(steps=30), tmp_path, on_progress=stop_at("profile")).run()
+
+
+def test_a_solver_of_few_timesteps_has_no_finer_reference_than_those() -> None:
+    """LCM takes at most the steps that it was distilled for; nobody else is refused."""
+    pipe = tiny_pipe("ldm")
+    assert evaluate.fine_steps(pipe, 50) == 250
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    assert [evaluate.fine_steps(pipe, steps) for steps in (5, 12, 50)] == [25, 50, 50]
+    before = sorted(vars(pipe.scheduler))
+    evaluate.check_steps(pipe, 50)
+    assert sorted(vars(pipe.scheduler)) == before  # set_timesteps and step are its own again
+    with pytest.raises(ModelError, match="cannot take 60 steps"):
+        evaluate.check_steps(pipe, 60)
+
+
+# -- measured speed-ups ---------------------------------------------------------------------------
+
+
+def half() -> Policy:
+    """Every second step held: twice as fast, where time is arithmetic alone."""
+    return compose(
+        tiny_pipe(),
+        "tiny",
+        ("key", "jump") * 3,
+        {},
+        Constant(),
+        replaces=STEPS,
+        latent_shape=(3, 8, 8),
+    )
+
+
+@pytest.mark.parametrize(("seeds", "batch"), [(4, 4), (5, 4), (9, 4), (3, 4)])
+def test_a_smaller_last_batch_changes_no_speed_up(seeds: int, batch: int) -> None:
+    """Full calls alone are compared; where none is full, all are of one size."""
+    with work_clock():
+        evaluator = Evaluator(tiny_pipe(), range(seeds), STEPS, batch, fine_seeds=1)
+        found = evaluator.score(half()).speedup
+        assert found is not None and found.value == pytest.approx(2, rel=0.02)
+        assert evaluator.teacher_speedup.value == pytest.approx(1, rel=0.02)
+        assert evaluator.score(half(), 2).speedup is None  # no call of the teacher's batch
+
+
+def test_a_score_that_fails_leaves_no_times_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed-up of the next policy is its own."""
+    with work_clock():
+        evaluator = Evaluator(tiny_pipe(), range(2), STEPS, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate.Samples, "join", lambda parts: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                evaluator.score(half())
+        solo = evaluator.score_solver(evaluator.pipe.scheduler, STEPS).speedup
+    assert solo is not None and solo.high == pytest.approx(1, rel=0.02)
+
+
+# -- rows that fail -------------------------------------------------------------------------------
+
+
+def test_a_solver_that_breaks_in_any_way_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that asks a solver for what it does not have has one row less, and no error."""
+
+    def broken(self: Any, *_: Any, **__: Any) -> None:
+        raise AttributeError("scale_noise")
+
+    monkeypatch.setattr(diffusers.UniPCMultistepScheduler, "set_timesteps", broken)
+    pipe = tiny_pipe("ldm")
+    own = pipe.scheduler
+    assert set(evaluate.other_solvers(pipe)) == {"DPM-Solver++ 2M Karras"}
+    assert pipe.scheduler is own
+
+
+def test_rows_for_comparison_that_fail_cost_no_policy(tmp_path: Path, monkeypatch: Any) -> None:
+    """NaN from another solver, or from a plan for another speed-up, ends in a remark."""
+    score = Evaluator.score
+
+    def sick(self: Evaluator, *_: Any) -> Any:
+        raise MeasurementError("the model drew NaN")
+
+    def planned(self: Evaluator, policy: Policy, seeds: int | None = None) -> Any:
+        if log.stage == "table":
+            raise IndexError("deep inside")
+        return score(self, policy, seeds)
+
+    monkeypatch.setattr(Evaluator, "score_solver", sick)
+    monkeypatch.setattr(Evaluator, "score", planned)
+    with work_clock(), few_rows(), logged() as log:
+        outcome = Search(tiny_pipe("ldm"), settings(inputs_count=8), tmp_path).run()
+    result = outcome.result
+    assert result.policy.measured is not None
+    assert {row.group for row in result.rows}.isdisjoint({"other solver"})
+    for said in (
+        "UniPC, 4 steps is not shown: the model drew NaN",
+        "not shown: IndexError: deep",
+        "2 drew inputs",
+    ):
+        assert any(said in line for line in result.remarks)
+
+
+def test_other_solvers_are_tried_before_the_trials(finished: Finished) -> None:
+    """What a pipe cannot drive is found out before hours of work, and not again after them."""
+    probes = [stage for stage, seeds, steps in finished.log.draws if (seeds, steps) == ((0,), 2)]
+    assert probes and not {"trials", "choose", "table"} & set(probes)
+
+
 # -- remarks --------------------------------------------------------------------------------------
 
 
@@ -620,6 +764,14 @@ def test_a_table_without_other_solvers_says_why() -> None:
     assert evaluate.other_solvers(tiny_pipe("ddim")) == {}
 
 
+def test_inputs_that_were_seen_before_the_test_are_remarked_on() -> None:
+    """Where there are fewer rows than seeds, the result says how many were not new."""
+    asked = settings(inputs_count=10)  # 2 to calibrate, 4 to validate, 4 to test
+    assert held_out(asked) == [] == held_out(settings())
+    (line,) = held_out(replace(asked, inputs_count=8))
+    assert line.startswith("Of the 4 test samples, 2 drew inputs")
+
+
 def test_a_measured_speed_counts_before_a_predicted_one() -> None:
     """Rows are compared by what was measured, where anything was."""
     measured = CHOSEN.model_copy(update={"speedup": exact(1.7)})
@@ -636,10 +788,9 @@ def test_a_measured_speed_counts_before_a_predicted_one() -> None:
 )
 def test_a_choice_that_was_made_faster_gives_way_to_a_nearer_row(errors, kept, expected):
     """After measuring, no published row that keeps the budget is nearer than what is chosen."""
-    one = object.__new__(Search)
-    one._target = 1.0
     interval = Interval(value=0.2, low=0.1, high=0.3)
-    one._score_of = lambda found: SimpleNamespace(error=interval)
+    one = choose.Chooser(None, settings(), None, 1.0, None, None)
+    one.score = lambda found: SimpleNamespace(error=interval)
     policy = dump(load(ROOT / "results" / "ldm4-1.5x" / "policy.json"))
 
     def record(name, error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 from pathlib import Path
 
 import optuna
@@ -72,6 +73,40 @@ def test_seeds_of_all_purposes_and_runs_are_disjoint() -> None:
     assert all(one.isdisjoint(other) for one, other in itertools.combinations(drawn, 2))
 
 
+@pytest.mark.parametrize("rows", [144, 145, 200, 1000, 99_999, 250_000])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_inputs_are_held_out_too(rows: int, seed: int) -> None:
+    """With enough prompts, no purpose draws a prompt that another draws; seeds stay disjoint."""
+    asked = settings(
+        seed=seed,
+        calibration_seeds=8,
+        validation_seeds=40,
+        test_seeds=96,
+        inputs_count=rows,
+    )
+    drawn = [{seed % rows for seed in asked.seeds(purpose)} for purpose in PURPOSES]
+    assert [len(one) for one in drawn] == [8, 40, 96]
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(drawn, 2))
+    assert asked.seen() == 0
+
+
+def test_few_inputs_are_counted() -> None:
+    """Rows that calibration or validation has drawn are counted for every test seed."""
+    sizes = {"calibration_seeds": 8, "validation_seeds": 40, "test_seeds": 96}
+    few = settings(inputs_count=16, **sizes)
+    assert few.seen() == 96
+    some = settings(inputs_count=100, **sizes)
+    assert some.seen() == 96 - (100 - 48)
+    seeds = {purpose: set(few.seeds(purpose)) for purpose in PURPOSES}
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(seeds.values(), 2))
+
+
+def test_without_inputs_the_seeds_start_at_round_numbers() -> None:
+    """Runs of older versions go on with the seeds that they began with."""
+    starts = [settings(seed=2).seeds(purpose)[0] for purpose in PURPOSES]
+    assert starts == [2_000_000, 2_100_000, 2_200_000] and settings().seen() == 0
+
+
 # -- the folder -----------------------------------------------------------------------------------
 
 
@@ -104,6 +139,35 @@ def test_another_spec_is_refused_with_the_difference(folder: Path, change: dict)
     enter(folder)  # the refusal changed nothing and let the lock go
 
 
+def test_a_scheduler_that_was_set_otherwise_is_refused(tmp_path: Path) -> None:
+    """A calibration is of one setting; what differs is named, with both values."""
+    pipe = tiny_pipe()
+    enter(tmp_path / "run", spec_of(pipe, settings()))
+    enter(tmp_path / "run", spec_of(pipe, settings()))  # and comes back from its file as it was
+    other = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler = other
+    with pytest.raises(RunFolderError) as refusal:
+        enter(tmp_path / "run", spec_of(pipe, settings()))
+    said = str(refusal.value)
+    assert "scheduler's timestep_spacing: leading there, trailing asked" in said
+    assert said.count(" there, ") == 1
+
+
+def test_a_folder_of_an_older_version_is_let_in(tmp_path: Path) -> None:
+    """A spec that says nothing of the scheduler's settings is compared in all the rest."""
+    asked = spec_of(tiny_pipe(), settings())
+    enter(tmp_path / "run", asked)
+    path = tmp_path / "run" / STATE / "spec.json"
+    old = json.loads(path.read_text())
+    del old["scheduler_config"], old["inputs_count"]
+    path.write_text(json.dumps(old))
+    enter(tmp_path / "run", asked)
+    with pytest.raises(RunFolderError, match="steps: 6 there, 7 asked"):
+        enter(tmp_path / "run", asked.model_copy(update={"steps": 7}))
+    with pytest.raises(RunFolderError, match="inputs_count: 0 there, 16 asked"):  # other seeds
+        enter(tmp_path / "run", asked.model_copy(update={"inputs_count": 16}))
+
+
 def test_everything_that_decides_a_run_is_in_its_spec() -> None:
     """Budget, steps, batch, seed and space tell runs apart; the number of trials does not."""
     pipe = tiny_pipe()
@@ -114,6 +178,7 @@ def test_everything_that_decides_a_run_is_in_its_spec() -> None:
         {"steps": 7},
         {"batch": 3},
         {"seed": 1},
+        {"inputs_count": 7},
         {"space": one},
     ]
     assert all(spec_of(pipe, settings(**change)) != base for change in changes)

@@ -234,6 +234,15 @@ def test_the_error_is_that_of_the_same_seeds() -> None:
     torch.testing.assert_close(alone.latents[0], teacher.latents[1])
 
 
+def test_the_type_of_number_is_that_of_the_pipe() -> None:
+    """What is recorded is what was measured, whatever the policy was made with."""
+    pipe = tiny_pipe()
+    assert POLICY.sampler.dtype == "float32"
+    assert try_out(pipe, POLICY)[0].dtype == "float32"
+    pipe.unet.to(torch.float64)
+    assert try_out(pipe, POLICY)[0].dtype == "float64"
+
+
 def test_without_features_there_is_no_fid() -> None:
     """A model without a feature extractor gets no made-up FID."""
     measured, _ = try_out(tiny_pipe(), POLICY)

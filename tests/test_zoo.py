@@ -126,10 +126,12 @@ def test_a_loaded_pipe_keeps_quiet(folder: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr() == ("", "")
 
 
-def test_weights_come_in_the_type_that_is_asked_for(folder: Path) -> None:
+def test_weights_come_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
     """`dtype` is that of the denoiser's weights."""
-    pipe = zoo.load(str(folder), dtype="bfloat16").pipe
-    assert {value.dtype for value in pipe.unet.parameters()} == {torch.bfloat16}
+    tiny_pipe("ddim").save_pretrained(tmp_path / "tiny")
+    pipe = zoo.load(str(tmp_path / "tiny"), dtype="float16").pipe
+    assert draw(pipe, [0], 2).latents.isfinite().all()
+    assert {value.dtype for value in pipe.unet.parameters()} == {torch.float16}
 
 
 # -- refusals -------------------------------------------------------------------------------------
@@ -182,6 +184,25 @@ def test_an_unreachable_hub_names_what_needs_none(
     said = str(refusal.value)
     assert said.startswith("someone/some-model: not found in the local cache")
     assert "the hub cannot be reached" in said and "ldm4" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("ldm", "float16"), ("ldm", "bfloat16"), ("ddim", "bfloat16")]
+)
+def test_half_precision_is_refused_where_diffusers_cannot(
+    tmp_path: Path, kind: str, dtype: str
+) -> None:
+    """LDMPipeline gives its network float32 noise; DDIMPipeline gives numpy its pictures."""
+    tiny_pipe(kind).save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ModelError, match=f"--dtype {dtype}: {kind.upper()}Pipeline .*float32"):
+        zoo.load(str(tmp_path / "tiny"), dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(folder: Path, device: str) -> None:
+    """Only what computes here, and can be waited for, is taken."""
+    with pytest.raises(ModelError, match=f"--device {device}: .* sees no such device here"):
+        zoo.load(str(folder), device=device)
 
 
 def test_an_unknown_type_or_device_is_refused(folder: Path) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 from autofr.errors import ModelError
 
 HERE = Path(__file__).parent
+WIDE = ("LDMPipeline", "PNDMPipeline", "KarrasVePipeline", "ScoreSdeVePipeline")
+"""Pipelines that draw their noise in float32, whatever their network takes."""
+PLAIN = ("DDIMPipeline", "DDPMPipeline")
+"""Pipelines that hand their pictures to numpy as they are; it knows no bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ def expected(name: str) -> dict[str, Any]:
 def load(model: str, device: str = "cpu", dtype: str = "float32") -> Loaded:
     """Load a bundled name, a local diffusers folder, or a hub id (`owner/name`).
 
-    Raises: ModelError when there is no such model, the hub cannot be reached, or the files are
-        damaged.
+    Raises: ModelError when there is no such model, the hub cannot be reached, the files are
+        damaged, or the pipeline cannot be drawn from on this device or in this type.
     """
     import torch
 
@@ -67,6 +71,7 @@ def load(model: str, device: str = "cpu", dtype: str = "float32") -> Loaded:
     _check_device(device)
     pipe = _from_pretrained(source, kinds[dtype], model)
     pipe.set_progress_bar_config(disable=True)
+    _check_dtype(type(pipe).__name__, dtype)
     try:
         pipe.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -105,8 +110,20 @@ def _check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError:
         raise ModelError(f"--device {device}: no such device; cpu or cuda is expected") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"--device {device}: torch {torch.__version__} sees no GPU here")
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if kind not in ("cpu", there.type if there else "cpu"):
+        what = "GPU" if kind == "cuda" else "such device"
+        raise ModelError(f"--device {device}: torch {torch.__version__} sees no {what} here")
+
+
+def _check_dtype(pipeline: str, dtype: str) -> None:
+    why = ""
+    if dtype != "float32" and pipeline in WIDE:
+        why = f"draws its noise in float32, which a {dtype} network does not take"
+    elif dtype == "bfloat16" and pipeline in PLAIN:
+        why = "hands bfloat16 pictures to numpy, which does not take them"
+    if why:
+        raise ModelError(f"--dtype {dtype}: {pipeline} of diffusers {why}; give --dtype float32")
 
 
 def _from_pretrained(source: str, dtype: Any, model: str) -> Any:

@@ -1,0 +1,183 @@
+"""Laws of tasks: what a pipe is given for a seed, and what is said of arguments that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autofr.errors import PolicyError, TaskError
+from autofr.task import Task, as_task, parse_call
+
+
+class PromptPipeline:
+    """Draws from a prompt, and is strict about one argument."""
+
+    scheduler = None
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.error = error
+
+    def __call__(
+        self, prompt=None, image=None, num_inference_steps=50, generator=None, height=8,
+        output_type="np",
+    ):  # fmt: skip
+        self.calls.append({"prompt": prompt, "image": image})
+        if self.error:
+            raise self.error
+        if height % 8:
+            raise ValueError(f"`height` has to be divisible by 8 but is {height}")
+        count = len(prompt) if isinstance(prompt, list) else 1
+        return SimpleNamespace(images=np.zeros((count, 8, 8, 3)))
+
+
+class SketchImg2ImgPipeline(PromptPipeline):
+    """Starts from a picture, as its name says."""
+
+
+class SketchVideoToVideoPipeline:
+    """Starts from frames."""
+
+    def __call__(self, video=None, prompt=None, num_inference_steps=50, generator=None):
+        raise AssertionError
+
+
+class NoisePipeline:
+    """Draws from noise alone."""
+
+    def __call__(self, batch_size=1, num_inference_steps=50, generator=None, eta=0.0):
+        raise AssertionError
+
+
+ROWS = [{"prompt": "a cat"}, {"prompt": "a dog"}]
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a picture in it."""
+    Image.new("RGBA", (8, 8), "red").save(tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def test_a_picture_in_a_call_is_read(there: Path) -> None:
+    """`--call image=cat.png` gives the picture, not its name; other texts stay texts."""
+    found = parse_call(["image=cat.png", "mask_image=cat.png", "prompt=cat.png"])
+    assert (found["image"].mode, found["mask_image"].mode) == ("RGB", "L")
+    assert found["image"].size == (8, 8) and found["prompt"] == "cat.png"
+
+
+def test_a_picture_in_a_call_that_is_not_there_is_named(there: Path) -> None:
+    """The refusal has the option and the file."""
+    with pytest.raises(TaskError, match=r"--call image=dog.png: image dog.png cannot be read"):
+        parse_call(["image=dog.png"])
+
+
+def test_a_picture_in_a_call_starts_every_sample(there: Path) -> None:
+    """The picture that all calls share is given once for each sample, beside its own prompt."""
+    call = parse_call(["image=cat.png"])
+    for rows in (ROWS, None):
+        pipe = SketchImg2ImgPipeline()
+        as_task(pipe, rows, call)(batch_size=2)
+        (asked,) = pipe.calls
+        assert len(asked["prompt"]) == 2 and asked["image"] == [call["image"]] * 2
+
+
+def test_what_a_pipe_starts_from_is_asked_for() -> None:
+    """Pictures are files of the inputs; videos are never read from files, so none is suggested."""
+    with pytest.raises(TaskError, match=r'starts from image: .*"image": "cat.png"'):
+        as_task(SketchImg2ImgPipeline())
+    with pytest.raises(TaskError, match=r"starts from a video.*autofr.Task\(pipe") as error:
+        as_task(SketchVideoToVideoPipeline())
+    assert ".png" not in str(error.value)
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("num_inference_steps", "--steps"), ("batch_size", "--batch"), ("generator", "--seed")],
+)
+@pytest.mark.parametrize("kind", [PromptPipeline, NoisePipeline])
+def test_what_an_option_sets_is_answered_with_it(kind: Any, name: str, option: str) -> None:
+    """Arguments that autofr gives itself are refused with the option for them."""
+    with pytest.raises(TaskError, match=f"{option} sets {name}"):
+        as_task(kind(), None, {name: 20})
+
+
+def test_what_a_pipe_refuses_at_its_first_call_was_asked_for() -> None:
+    """A bad value of an argument is an error of the user, with the pipe's name and its words."""
+    pipe = Task(PromptPipeline(), ROWS, {"height": 9})
+    with pytest.raises(TaskError, match=r"PromptPipeline .*divisible by 8 but is 9") as error:
+        pipe()
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_what_goes_wrong_later_is_shown_as_it_is() -> None:
+    """After a call that went well an error is no longer the arguments': it comes out itself."""
+    inner = PromptPipeline()
+    pipe = Task(inner, ROWS)
+    pipe()
+    inner.error = TypeError("a defect")
+    with pytest.raises(TypeError, match=r"^a defect$"):
+        pipe()
+
+
+@pytest.mark.parametrize("error", [PolicyError("another step count"), RuntimeError("no memory")])
+def test_other_errors_of_a_first_call_are_left_alone(error: Exception) -> None:
+    """What autofr itself refuses, and what is no matter of arguments, keeps its class."""
+    with pytest.raises(type(error), match=f"^{error}$"):
+        Task(PromptPipeline(error), ROWS)()
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))],
+    ids=["copy", "deepcopy", "pickle"],
+)  # fmt: skip
+def test_a_task_can_be_copied(copied: Any) -> None:
+    """A copy is a task that draws the same rows."""
+    task = Task(PromptPipeline(), ROWS, {"height": 16})
+    again = copied(task)
+    assert type(again) is Task and again is not task
+    assert again.rows == 2 and again.digest == task.digest
+    assert again(batch_size=2).images.shape == (2, 8, 8, 3)
+
+
+def test_a_pipe_that_copies_itself_is_copied_within_its_task() -> None:
+    """How a pipe is copied is the pipe's business, but what is copied here is the task."""
+
+    class OwnPipeline(PromptPipeline):
+        def __deepcopy__(self, memo: Any) -> OwnPipeline:
+            return OwnPipeline()
+
+    task = Task(OwnPipeline(), ROWS)
+    again = copy.deepcopy(task)
+    assert type(again) is Task and again.scheduler is None
+    assert again._pipe is not task._pipe
+
+
+def test_rows_are_counted() -> None:
+    """Rows that say nothing are none: all samples differ by their noise alone."""
+    assert Task(PromptPipeline(), ROWS).rows == 2
+    assert as_task(NoisePipeline(), None, {"eta": 1.0}).rows == 0
+
+
+def test_attributes_that_nobody_has_are_missing() -> None:
+    """Names that neither task nor pipe has are missing attributes, also while a copy is made."""
+    assert not hasattr(Task.__new__(Task), "_pipe")
+    assert not hasattr(Task(PromptPipeline(), ROWS), "unet")
+    assert Task(PromptPipeline(), ROWS).calls == []
