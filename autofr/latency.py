@@ -191,12 +191,13 @@ def measure_costs(
     *,
     device: torch.device | str = "cpu",
     rounds: int = 9,
+    refresh: Callable[[], object] = lambda: None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Costs:
     """Measure the parts of a call.
 
     Args: `call(steps)` runs the whole pipe with those steps; `evaluate(step)` runs the denoiser
-        once, as a keyframe or with a mask.
+        once, as a keyframe or with a mask; `refresh()` runs untimed before masks are timed.
     A full call against one with a single keyframe gives the network's time as it is inside a
     call; a shorter one separates the fixed part from the cost of a step without network. Masks
     are timed in turn with keyframes, and their ratio to the keyframes around them counts, so that
@@ -211,6 +212,7 @@ def measure_costs(
     for index in range(rounds):
         if index < max(3, rounds // 2):
             calls.append([seconds(lambda s=s: call(s), device) for s in lengths])  # type: ignore[misc]
+        refresh()
         before = seconds(lambda: evaluate(KEY), device)
         for name in masks:
             spent = seconds(lambda name=name: evaluate(name), device)  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -277,8 +277,13 @@ def costs_of(
     index = {name: i for i, name in enumerate(masks, start=1)}
     patch = Patch(pipe, [[points[p] for p in mask] for mask in masks.values()])
 
+    def refresh() -> None:
+        with patch.keyframe():
+            denoiser(*args, **kwargs)
+
     def evaluate(step: str) -> None:
-        with patch.keyframe() if step == KEY else patch.reduced(index[step]):
+        # A keyframe keeps nothing here: all masks' points at once would make it dearer than it is.
+        with nullcontext() if step == KEY else patch.reduced(index[step]):
             denoiser(*args, **kwargs)
 
     def whole(steps: Sequence[str]) -> None:
@@ -296,7 +301,13 @@ def costs_of(
     try:
         with torch.inference_mode():
             return measure_costs(
-                whole, evaluate, steps, [*masks], device=device_of(pipe), on_round=on_progress
+                whole,
+                evaluate,
+                steps,
+                [*masks],
+                device=device_of(pipe),
+                refresh=refresh,
+                on_round=on_progress,
             )
     finally:
         patch.remove()

@@ -20,7 +20,7 @@ from autofr.quality import Features, band_errors, fid_difference, psnr, relative
 from autofr.sampler import Samples, apply, draw, remove, reuse
 from autofr.study import Record, Settings
 
-NEAR = 1.15  # finalists have at most this many times the least error
+NEAR = 1.05  # finalists have at most this many times the least error
 ATTEMPTS = 5
 PATIENCE = 90.0  # seconds of measuring after which a policy that keeps the budget is not replanned
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this

@@ -208,6 +208,7 @@ def test_measuring_costs_calls_what_it_names(pipe, monkeypatch):
         counts = {}
         for name, work in {
             "key": lambda: evaluate("key"),
+            "refresh": kwargs["refresh"],
             "cut": lambda: evaluate("cut"),
             "full": lambda: call(["key"] * steps),
             "idle": lambda: call(["key", *["jump"] * (steps - 1)]),
@@ -216,7 +217,7 @@ def test_measuring_costs_calls_what_it_names(pipe, monkeypatch):
             ran.clear()
             work()
             counts[name] = (ran.count("conv_in"), ran.count("mid_block"))
-        assert counts["key"] == (1, 1)
+        assert counts["key"] == counts["refresh"] == (1, 1)
         assert counts["full"] == (N, N)
         assert counts["idle"] == counts["short"] == (1, 1)
         assert counts["cut"][0] == 1 and masks == ["cut", "reuse"]
