@@ -26,8 +26,8 @@ from autofr.held import forms
 from autofr.latency import Costs
 from autofr.patch import Patch
 from autofr.points import Pipe, Point, find_denoiser
-from autofr.recording import Call, Tape, record
-from autofr.sampler import draw
+from autofr.recording import Tape, record
+from autofr.sampler import batches, draw
 
 Masks = Mapping[str, tuple[str, ...]]
 _log = logging.getLogger("autofr")
@@ -153,8 +153,7 @@ def calibrate(
     Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps,
         or changes its batch or its branches on the way.
     """
-    size = batch or len(seeds)
-    parts = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    parts = batches(seeds, batch)
     found: list[Calibration] = []
 
     def on_key(done: int, total: int) -> None:
@@ -224,9 +223,7 @@ class _Teacher:
     """The first pass of every step of a recorded run: its calls, and how they make a score."""
 
     def __init__(self, tape: Tape, samples: int) -> None:
-        by_pass: dict[int, list[Call]] = {}
-        for call in tape.calls:
-            by_pass.setdefault(call.at, []).append(call)
+        by_pass = tape.passes()
         first = [tape.steps.index(step) for step in range(tape.steps[-1] + 1)]
         held = forms(tape.scheduler)
         self._calls = [by_pass[k] for k in first]

@@ -21,7 +21,7 @@ from autofr.mix import KEY, Table
 from autofr.points import Pipe
 from autofr.policy import Policy
 from autofr.recording import Tape, again, record
-from autofr.sampler import draw, reuse
+from autofr.sampler import batches, draw, reuse
 
 RIDGE = 1e-3
 
@@ -48,13 +48,11 @@ def trajectory(
     pipe: Pipe, seeds: Sequence[int], steps: int, batch: int | None = None
 ) -> Trajectory:
     """Run the teacher once and keep its path (a few hundred kilobytes for latent models)."""
-    size = batch or len(seeds)
     parts = []
-    for start in range(0, len(seeds), size):
-        some = tuple(seeds[start : start + size])
+    for some in batches(seeds, batch):
         with record(pipe) as tape:
             draw(pipe, some, steps)
-        parts.append((some, tuple(tape.latents)))
+        parts.append((tuple(some), tuple(tape.latents)))
     return Trajectory(tuple(tape.steps), tuple(parts))
 
 

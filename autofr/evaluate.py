@@ -21,7 +21,7 @@ from autofr.points import Pipe, device_of, find_denoiser, name_of
 from autofr.policy import Interval, Policy
 from autofr.quality import Features, mean_interval, relative_error
 from autofr.recording import record
-from autofr.sampler import Samples, draw, reuse
+from autofr.sampler import Samples, batches, draw, reuse
 
 FINE = 5  # the fine reference takes this many times the teacher's steps
 _log = logging.getLogger("autofr")
@@ -78,10 +78,12 @@ def draw_all(
     Raises: MeasurementError when the latents or images hold NaN.
     """
     parts = []
-    for start in range(0, len(seeds), batch):
-        parts.append(one(seeds[start : start + batch]))
+    drawn = 0
+    for some in batches(seeds, batch):
+        parts.append(one(some))
+        drawn += len(some)
         if on_progress:
-            on_progress(min(start + batch, len(seeds)), len(seeds))
+            on_progress(drawn, len(seeds))
     samples = Samples.join(parts)
     if not bool(samples.latents.isfinite().all() and samples.images.isfinite().all()):
         raise MeasurementError("the model drew NaN or infinity; try --dtype float32")

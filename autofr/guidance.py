@@ -38,7 +38,7 @@ def of(pipe: Pipe) -> Guidance:
             f" (it gives {type(pipe.scheduler).__name__} no generator): take a solver that draws"
             " none, or eta=0"
         )
-    calls = [call for call in tape.calls if call.at == tape.calls[0].at]
+    calls = tape.passes()[0]
     if len(calls) > 1:
         return "split"
     return "batched" if len(calls[0].output) > 1 else "none"
@@ -54,10 +54,11 @@ def check_plannable(pipe: Pipe, tape: Tape) -> None:
             f"{name_of(pipe)} leaves out steps (a strength below 1?), so that nothing can be"
             " planned for all of them: search with whole runs, and apply the policy to the part"
         )
-    by_pass: dict[int, list[Any]] = {}
-    for call in tape.calls:
-        by_pass.setdefault(call.at, []).append([tuple(t.shape) for t in tensors_in(call.given)])
-    if any(shapes != by_pass[0] for shapes in by_pass.values()):
+    shapes = [
+        [[tensor.shape for tensor in tensors_in(call.given)] for call in calls]
+        for calls in tape.passes().values()
+    ]
+    if any(others != shapes[0] for others in shapes):
         raise changing(pipe)
 
 

@@ -11,7 +11,7 @@ from autofr.calibration import candidate_masks
 from autofr.evaluate import check_steps
 from autofr.families import discover
 from autofr.latency import seconds
-from autofr.points import Pipe, device_of, find_denoiser, name_of
+from autofr.points import Pipe, device_of, dtype_of, find_denoiser, name_of
 from autofr.policy import Measured, Policy
 from autofr.profiling import Profile
 from autofr.quality import Features
@@ -151,7 +151,7 @@ def evaluate(
         on_pair=lambda pairs, width: on_progress("measure", pairs, pairs + 1),
     )
     there = policy.measured
-    here = (profiling.device_name(pipe), batch, verify.dtype_of(pipe))
+    here = (profiling.device_name(pipe), batch, dtype_of(pipe))
     if there and (there.device, there.batch, there.dtype) != here:
         there = None
     measured, _ = verify.test(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autofr.errors import BudgetError
-from autofr.mix import KEY, Mix, Table, executed, mix_row
+from autofr.mix import KEY, Mix, executed, mix_row
 from autofr.policy import AS_IS, Keep
 
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kKmMgG]i?)?[bB]\s*$")
@@ -55,7 +55,7 @@ class Memory:
         used = {point for name in runs & set(masks) for point in masks[name]}
         share = 0.0 if self.keep.host else min(1.0, 2 / self.width) if self.keep.dtype else 1.0
         tensors = sum(self.points[point] for point in used)
-        older = max([1, *(len(row) - 1 for row in rows)]) if isinstance(mix, Table) else 1
+        older = max([1, *(len(row) - 1 for row in rows)])
         return round(share * tensors) + older * self.score
 
     def fits(self, steps: Sequence[str], masks: Mapping[str, Sequence[str]], mix: Mix) -> bool:

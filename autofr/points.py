@@ -109,6 +109,11 @@ def device_of(pipe: Pipe) -> torch.device:
     return getattr(pipe, "_execution_device", None) or find_denoiser(pipe).device
 
 
+def dtype_of(pipe: Pipe) -> str:
+    """The denoiser's type of number, such as `float32`."""
+    return str(find_denoiser(pipe).dtype).removeprefix("torch.")
+
+
 def experts(pipe: Pipe) -> list[nn.Module]:
     """Return the denoiser, and a second one of its class that takes over during a run (Wan 2.2)."""
     denoiser = find_denoiser(pipe)

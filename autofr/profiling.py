@@ -20,7 +20,7 @@ from autofr.latency import Costs, measure_costs, synchronize
 from autofr.memory import Memory
 from autofr.mix import JUMP, KEY
 from autofr.patch import HOLD, Patch
-from autofr.points import SCORE, Given, Pipe, Point, device_of, find_denoiser, fingerprint
+from autofr.points import SCORE, Given, Pipe, Point, device_of, dtype_of, find_denoiser, fingerprint
 from autofr.policy import AS_IS, Keep
 from autofr.recording import record
 from autofr.sampler import draw
@@ -144,7 +144,7 @@ def profile(
         steps=steps,
         batch=batch,
         device=device_name(pipe),
-        dtype=str(denoiser.dtype).removeprefix("torch."),
+        dtype=dtype_of(pipe),
         threads=torch.get_num_threads(),
         versions=versions(),
         key_seconds=costs.key,
@@ -194,7 +194,7 @@ def _first_calls(pipe: Pipe, steps: int, batch: int) -> list[Given]:
     with record(pipe, calls=True) as tape:
         draw(pipe, range(batch), min(steps, 3))
     middle = tape.calls[len(tape.calls) // 2].at
-    return [call.given for call in tape.calls if call.at == middle]
+    return [call.given for call in tape.passes()[middle]]
 
 
 @contextmanager

@@ -43,6 +43,13 @@ class Tape:
     scheduler: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
+    def passes(self) -> dict[int, list[Call]]:
+        """The calls of each pass of the loop: several where guidance branches are split."""
+        found: dict[int, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.at, []).append(call)
+        return found
+
 
 class _Recorder(Listener):
     def __init__(self, pipe: Pipe, revise: Revise | None) -> None:

@@ -16,7 +16,7 @@ from autofr.errors import ModelError, PolicyError
 from autofr.families import discover
 from autofr.mix import JUMP, KEY, Mix, executed
 from autofr.patch import HOLD, Patch, Row
-from autofr.points import Pipe, Point, find_denoiser, fingerprint, weights_hash
+from autofr.points import Pipe, Point, dtype_of, find_denoiser, fingerprint, weights_hash
 from autofr.policy import AS_IS, Guidance, Keep, Model, Policy, Sampler
 from autofr.recording import record
 from autofr.store import COMPUTE, Packing
@@ -149,7 +149,7 @@ def describe(
         prediction_type=str(pipe.scheduler.config.get("prediction_type", "epsilon")),
         guidance=guidance,
         latent_shape=latent_shape,
-        dtype=str(find_denoiser(pipe).dtype).removeprefix("torch."),
+        dtype=dtype_of(pipe),
     )
 
 
@@ -197,6 +197,12 @@ class Samples:
         """Concatenate batches."""
         images = torch.cat([part.images for part in parts])
         return cls(images, torch.cat([part.latents for part in parts]))
+
+
+def batches(seeds: Sequence[int], size: int | None) -> list[Sequence[int]]:
+    """Cut seeds into batches of a size; None leaves them in one."""
+    step = size or max(1, len(seeds))
+    return [seeds[start : start + step] for start in range(0, len(seeds), step)]
 
 
 def draw(pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from autofr.errors import RunFolderError
 from autofr.families import discover
 from autofr.latency import Budget
-from autofr.points import Pipe, find_denoiser, fingerprint, weights_hash
+from autofr.points import Pipe, dtype_of, find_denoiser, fingerprint, weights_hash
 from autofr.policy import AS_IS, Keep
 from autofr.sampler import scheduler_config
 from autofr.space import Space
@@ -126,7 +126,7 @@ def spec_of(pipe: Pipe, settings: Settings) -> Spec:
         space_digest=hashlib.sha256(text.encode()).hexdigest()[:12],
         seed=settings.seed,
         device=str(denoiser.device),
-        dtype=str(denoiser.dtype).removeprefix("torch."),
+        dtype=dtype_of(pipe),
         threads=torch.get_num_threads(),
         inputs=settings.inputs,
         inputs_count=settings.inputs_count,

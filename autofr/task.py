@@ -95,7 +95,7 @@ class Task:
         if generator is not None:
             given["generator"] = generators
         if batch_size == 1:  # some pipelines take no lists
-            given = {name: values[0] if values else None for name, values in given.items()}
+            given = {name: values[0] for name, values in given.items()}
         given |= self._call
         if "class_labels" in given:
             given["class_labels"] = list(np.atleast_1d(given["class_labels"]).tolist())
@@ -229,10 +229,8 @@ def _drawn(pipe: Pipe, known: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _needed(pipe: Pipe, parameter: inspect.Parameter) -> bool:
     """Whether a call without this image would fail; signatures alone do not always say it."""
-    if parameter.default is inspect.Parameter.empty:
-        return True
-    name = name_of(pipe)
-    return parameter.name in STARTS and any(word in name for word in FROM_IMAGES)
+    required = parameter.default is inspect.Parameter.empty
+    return required or any(word in name_of(pipe) for word in FROM_IMAGES)
 
 
 def _labels(pipe: Pipe) -> int:

@@ -13,7 +13,7 @@ from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate, draw_all, interval
 from autofr.latency import Paired, paired
 from autofr.mix import executed
-from autofr.points import Pipe, device_of, find_denoiser
+from autofr.points import Pipe, device_of, dtype_of
 from autofr.policy import Fid, Interval, Measured, Policy
 from autofr.profiling import device_name, versions
 from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
@@ -134,11 +134,6 @@ def within_budget(
         f"no policy kept the budget {settings.budget.text} when measured: the lower end of the best"
         f" one's speed-up was {closest:.2f}x; ask for a smaller speed-up, or quieten the machine"
     )
-
-
-def dtype_of(pipe: Pipe) -> str:
-    """The denoiser's own type of number, which may not be that of the policy."""
-    return str(find_denoiser(pipe).dtype).removeprefix("torch.")
 
 
 def policy_steps(policy: Policy) -> list[str]:
