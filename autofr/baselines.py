@@ -38,23 +38,23 @@ def fewer_steps(steps: int) -> Draft:
 
 
 def uniform(
-    name: str, group: Group, steps: int, interval: int, mask: str, mix: Mix = PLAIN
+    name: str, group: Group, steps: int, interval: int, mask: str, mix: Mix = PLAIN, first: int = 0
 ) -> Draft:
-    """A keyframe every `interval` steps, one mask in between."""
-    row = tuple(KEY if i % interval == 0 else mask for i in range(steps))
+    """A keyframe every `interval` steps from the `first` that runs, one mask in between."""
+    row = tuple(KEY if i < first or (i - first) % interval == 0 else mask for i in range(steps))
     return Draft(name, group, row, mix)
 
 
-def frdiff(steps: int, interval: int, mix: Mix | None = None) -> Draft:
+def frdiff(steps: int, interval: int, mix: Mix | None = None, first: int = 0) -> Draft:
     """FRDiff with interval M; `mix` None is pure feature reuse (its figure without mixing)."""
     label = f"FRDiff M={interval}" + (", official λ" if mix else "")
-    return uniform(label, "frdiff", steps, interval, "frdiff", mix or PLAIN)
+    return uniform(label, "frdiff", steps, interval, "frdiff", mix or PLAIN, first)
 
 
-def deepcache(steps: int, interval: int, cut: str, place: str) -> Draft:
+def deepcache(steps: int, interval: int, cut: str, place: str, first: int = 0) -> Draft:
     """DeepCache with interval N; the branch is where the U-Net is cut (see points, `stage`)."""
     label = f"DeepCache N={interval}, {place}"
-    return uniform(label, "deepcache", steps, interval, cut)
+    return uniform(label, "deepcache", steps, interval, cut, first=first)
 
 
 def cuts(masks: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -78,12 +78,13 @@ def published(
     masks: Mapping[str, Sequence[str]], costs: Costs, steps: int, seconds: float
 ) -> list[Draft]:
     """All rows of the comparison for a teacher of `steps` and a budget of `seconds` per call."""
-    affordable = int((seconds - costs.fixed) / costs.key)
+    first, affordable = costs.first(steps), costs.affordable(seconds, steps)
     counts = {round(steps / 1.5), round(steps / 2), round(steps / 3), affordable}
-    rows = [fewer_steps(n) for n in sorted(counts, reverse=True) if 1 <= n < steps]
+    fewer = [n for n in sorted(counts, reverse=True) if 1 <= n < steps]
+    rows = [fewer_steps(n) for n in fewer if costs.runs(n)]
     if "frdiff" in masks:
         for mix in (None, HardSigmoid(tau=30.0, bias=0.5)):
-            rows += [frdiff(steps, interval, mix) for interval in (2, 3, 5)]
+            rows += [frdiff(steps, interval, mix, first) for interval in (2, 3, 5)]
     for cut, place in deepcache_cuts(masks).items():
-        rows += [deepcache(steps, interval, cut, place) for interval in (2, 3, 5)]
+        rows += [deepcache(steps, interval, cut, place, first) for interval in (2, 3, 5)]
     return rows

@@ -92,6 +92,7 @@ class Calibration:
     score with itself. Entries that no keyframe reaches are NaN. `gain` (N,): how a unit error of
     the score at a step moves the final latents. `norm`: mean squared norm of the final latents.
     `switch`: the step at which a second denoiser takes over; 0 where there is one only.
+    Steps are those that run: the `first` of a call are left out where it starts from a picture.
     """
 
     masks: tuple[str, ...]
@@ -101,10 +102,17 @@ class Calibration:
     gain: np.ndarray
     norm: float
     switch: int = 0
+    first: int = 0
 
     @property
     def steps(self) -> int:
+        """How many steps run."""
         return len(self.teacher)
+
+    @property
+    def asked(self) -> int:
+        """How many steps a call asks for."""
+        return self.first + self.steps
 
     @property
     def max_gap(self) -> int:
@@ -116,6 +124,7 @@ class Calibration:
         np.savez_compressed(
             part, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
             own=self.own, gain=self.gain, norm=self.norm, switch=self.switch,
+            first=self.first,
         )  # fmt: skip
         part.replace(path)
 
@@ -130,6 +139,7 @@ class Calibration:
                 return cls(
                     tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
                     file["gain"], float(file["norm"]), int(file["switch"]),
+                    int(file["first"]) if "first" in file else 0,  # runs of older versions
                 )  # fmt: skip
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             raise damaged(path) from None
@@ -148,10 +158,11 @@ def calibrate(
     """Run the teacher once on `seeds`, then every mask at every gap on its inputs.
 
     `batch` seeds at a time (all by default): inner products add up. Scores are compared as the
-    scheduler gets them (after guidance), in the form in which they are held. Cost: N keyframes and
+    scheduler gets them (after guidance), in the form in which they are held, and where the pipe
+    draws: what it overwrites after every step (inpainting) does not count. Cost: N keyframes and
     about N * max_gap * len(masks) reduced evaluations.
-    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that leaves out steps,
-        or changes its batch or its branches on the way.
+    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that ends early, or
+        changes its batch or its branches on the way.
     """
     parts = batches(seeds, batch)
     found: list[Calibration] = []
@@ -176,6 +187,7 @@ def _together(parts: Sequence[Calibration]) -> Calibration:
         gain=np.mean([part.gain for part in parts], axis=0),
         norm=sum(part.norm for part in parts),
         switch=first.switch,
+        first=first.first,
     )
 
 
@@ -213,25 +225,32 @@ def _calibrate(
     finally:
         patch.remove()
     products = (scores @ scores.T).cpu().numpy()
-    final = tape.latents[-1][: len(seeds)].double()
+    final = teacher.drawn(tape.latents[-1][: len(seeds)].double().flatten())
     gain = step_gains(tape) / teacher.slopes
     norm = float(final.square().sum())
-    return Calibration(tuple(masks), products, cross, own, gain, norm, teacher.switch)
+    return Calibration(
+        tuple(masks), products, cross, own, gain, norm, teacher.switch, teacher.first
+    )
 
 
 class _Teacher:
-    """The first pass of every step of a recorded run: its calls, and how they make a score."""
+    """The first pass of every step that a recorded run ran: its calls, how they make a score."""
 
     def __init__(self, tape: Tape, samples: int) -> None:
         by_pass = tape.passes()
-        first = [tape.steps.index(step) for step in range(tape.steps[-1] + 1)]
+        self.first = tape.steps[tape.begin]
+        first = [
+            tape.steps.index(step, tape.begin) for step in range(self.first, tape.steps[-1] + 1)
+        ]
         held = forms(tape.scheduler)
         self._calls = [by_pass[k] for k in first]
         self._forms = [held[k] if held else None for k in first]
         self._guides = [
-            guidance.fit([call.output for call in by_pass[k]], tape.scores[k], samples)
+            guidance.fit([call.output for call in by_pass[k]], tape.scores[k - tape.begin], samples)
             for k in first
         ]
+        kept = tape.drawn()
+        self._kept = None if kept is None else kept[:samples].flatten()
         worst = max(guide.residual for guide in self._guides)
         if worst > guidance.LINEAR:
             _log.warning(
@@ -264,8 +283,13 @@ class _Teacher:
         score = guide([call.output for call in calls] if outputs is None else outputs)
         samples = guide.samples(calls) if form else None
         if form is None or samples is None:
-            return score
-        return form.noise(samples, score)
+            return self.drawn(score)
+        return self.drawn(form.noise(samples, score))
+
+    def drawn(self, flat: torch.Tensor) -> torch.Tensor:
+        """Nothing but what the pipe goes on with, where the rest is overwritten."""
+        fits = self._kept is not None and self._kept.shape == flat.shape
+        return flat * self._kept if fits else flat
 
 
 @torch.inference_mode()
@@ -273,27 +297,33 @@ def step_gains(tape: Tape) -> np.ndarray:
     """Measure how far an error of the score at each step moves the final latents, by the
     scheduler alone: it is run on the stored scores with one of them perturbed (no network calls).
 
-    Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping).
+    Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping), and
+    under inpainting: they take every element for itself, so that none is moved by what is
+    overwritten elsewhere.
     """
-    scores, steps = tape.scores, tape.steps[-1] + 1
+    scores, ran = tape.scores, tape.ran
     # The noise of a replay comes from one seed instead, the same in all of them.
     fixed = {name: value for name, value in tape.others.items() if name != "generator"}
 
-    def replay(changed: int | None) -> torch.Tensor:
+    def replay(changed: int | None = None) -> torch.Tensor:
         scheduler = bare_scheduler(tape.scheduler)
         latents = tape.first_latents
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for index, score in enumerate(scores):
-                if tape.steps[index] == changed:
+                if ran[index] == changed:
                     score = score + nudge
-                time = scheduler.timesteps[index]
+                time = scheduler.timesteps[tape.begin + index]
                 latents = scheduler.step(score, time, latents, **fixed)[0]
         return latents
 
     nudge = 1e-2 * torch.randn(
         scores[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     ).to(scores[0])
-    base = replay(None)
+    kept = tape.drawn()
+    if kept is not None:
+        nudge = nudge * kept
+    base = replay()
     size = float(nudge.double().norm())
-    return np.array([float((replay(i) - base).double().norm()) / size for i in range(steps)])
+    steps = range(ran[0], ran[-1] + 1)
+    return np.array([float((replay(i) - base).double().norm()) / size for i in steps])

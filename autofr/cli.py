@@ -8,20 +8,43 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autofr import console, hub, places, policy_cli
+from autofr import console, hub, places, policy_cli, result_cli, tune_cli
 from autofr.errors import AutofrError
-from autofr.policy import Keep
+from autofr.options import (
+    Batch,
+    Budget,
+    Call,
+    Device,
+    DryRun,
+    Dtype,
+    Inputs,
+    Json,
+    KeepDtype,
+    KeepOnHost,
+    MaxMemory,
+    Model,
+    Out,
+    Prompt,
+    Seed,
+    Space,
+    Steps,
+    Task,
+    Threads,
+    TimeLimit,
+    Trials,
+)
+from autofr.request import Request, prepare
 
 if TYPE_CHECKING:
+    from autofr.alignment import Judge
     from autofr.points import Pipe
-    from autofr.quality import Features
+    from autofr.policy import Policy
     from autofr.zoo import Loaded
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -36,45 +59,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(result_cli.app)
 app.add_typer(policy_cli.app)
-
-Model = Annotated[str, typer.Option(help="bundled name, local diffusers folder, or hub id")]
-Budget = Annotated[str, typer.Option(help="speed-up such as 1.5x, or time per call such as 180ms")]
-Space = Annotated[str, typer.Option(help="default, frdiff, direct, or a TOML file")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16")]
-Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores")]
-Steps = Annotated[int, typer.Option(min=2, max=1000, help="sampling steps of the teacher")]
-Batch = Annotated[int, typer.Option(min=1, help="images per call")]
-Trials = Annotated[int, typer.Option(min=1, help="trials besides the published rows")]
-TimeLimit = Annotated[
-    float | None, typer.Option(min=1, help="seconds after which no new trial starts")
-]
-Out = Annotated[Path | None, typer.Option(help="folder of the run; default results/MODEL-BUDGET")]
-Inputs = Annotated[
-    Path | None,
-    typer.Option(
-        "--inputs",
-        "--prompts",
-        help="prompts, a line each; or .jsonl: an object of call arguments per line",
-    ),
-]
-Call = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="argument of every call, such as guidance_scale=5"),
-]
-KeepDtype = Annotated[
-    Literal["float16", "bfloat16"] | None, typer.Option(help="store kept tensors in half precision")
-]
-KeepOnHost = Annotated[bool, typer.Option("--keep-on-host", help="store kept tensors on the host")]
-MaxMemory = Annotated[
-    str | None, typer.Option(help="most that may be kept on the device, such as 200MB")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="say what would be done, and about how long")
-]
-Json = Annotated[bool, typer.Option("--json", help="print machine-readable JSON")]
+app.add_typer(tune_cli.app)
 
 
 @app.callback()
@@ -87,13 +74,16 @@ def _options(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """List the bundled models, with the scores that they are expected to have.
+    """List the bundled models: their tasks and calls, and the scores they are expected to have.
 
     Example: `autofr models`
     """
     from autofr import zoo
 
-    facts = [console.model_facts(n, m, zoo.expected(n)) for n, m in zoo.BUNDLED.items()]
+    facts = [
+        console.model_facts(name, model, zoo.tasks(name), zoo.expected(name))
+        for name, model in zoo.installed().items()
+    ]
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
@@ -103,12 +93,13 @@ def models(as_json: Json = False) -> None:
 @app.command()
 def profile(
     model: Model = "ldm4",
-    steps: Steps = 50,
-    batch: Batch = 8,
+    steps: Steps = None,
+    batch: Batch = None,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    task: Task = None,
     inputs: Inputs = None,
     call: Call = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results")] = None,
@@ -118,12 +109,21 @@ def profile(
 
     Example: `autofr profile --model ldm4 --out results/ldm4-profile`
     """
-    loaded = _load(model, device, dtype, threads, inputs, call)
+    from autofr.loading import load
+
+    loaded = load(model, device, dtype, threads, task, inputs, call=call or ())
     from autofr import job
 
-    folder = places.folder(out or Path("results") / f"{loaded.name}-profile")
+    folder = places.folder(out or Path("results") / f"{loaded.title}-profile")
     with console.progress() as on_progress:
-        found, paths = job.profile(loaded.pipe, folder, steps, batch, _seeds(seed, 4), on_progress)
+        found, paths = job.profile(
+            loaded.pipe,
+            folder,
+            steps or loaded.steps,
+            batch or loaded.batch,
+            _seeds(seed, 4),
+            on_progress,
+        )
     if as_json:
         typer.echo(found.model_dump_json())
         return
@@ -135,8 +135,8 @@ def profile(
 def search(
     model: Model = "ldm4",
     budget: Budget = "1.5x",
-    steps: Steps = 50,
-    batch: Batch = 8,
+    steps: Steps = None,
+    batch: Batch = None,
     space: Space = "default",
     trials: Trials = 20,
     time_limit: TimeLimit = None,
@@ -144,6 +144,7 @@ def search(
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    task: Task = None,
     inputs: Inputs = None,
     call: Call = None,
     keep_dtype: KeepDtype = None,
@@ -159,44 +160,40 @@ def search(
 
     Example: `autofr search --model ldm4 --budget 1.5x`
     """
-    from autofr.latency import parse_budget
-    from autofr.memory import parse_size
-    from autofr.space import load_space
-
-    asked, allowed = parse_budget(budget), load_space(space)
-    memory = parse_size(max_memory) if max_memory else None
-    keep = Keep(dtype=keep_dtype, host=keep_on_host)
-    loaded = _load(model, device, dtype, threads, inputs, call)
-    from autofr import job, report
-    from autofr.study import Settings
-
-    settings = Settings(
-        name=loaded.name,
-        budget=asked,
-        space=allowed,
+    asked = Request(
+        model=model,
+        budget=budget,
         steps=steps,
         batch=batch,
-        seed=seed,
+        space=space,
         trials=trials,
         time_limit=time_limit,
-        inputs=getattr(loaded.pipe, "digest", ""),
-        inputs_count=getattr(loaded.pipe, "rows", 0),
-        keep=keep,
-        max_memory=memory,
-        command=shlex.join(["autofr", *sys.argv[1:]]),
+        seed=seed,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        task=task,
+        inputs=inputs,
+        call=tuple(call or ()),
+        keep_dtype=keep_dtype,
+        keep_on_host=keep_on_host,
+        max_memory=max_memory,
+        out=out,
     )
-    folder = out or Path("results") / f"{loaded.name}-{asked.text}"
-    features = _features(loaded)
+    found = prepare(asked, shlex.join(["autofr", *sys.argv[1:]]))
+    from autofr import job, report
+
+    pipe, settings, folder = found.pipe, found.settings, found.folder
     if dry_run:
-        typer.echo(job.estimate(loaded.pipe, settings, folder))
+        typer.echo(job.estimate(pipe, settings, folder))
         return
     with console.progress() as on_progress:
-        result = job.run(loaded.pipe, settings, folder, features, on_progress)
+        result = job.run(pipe, settings, folder, found.judge, on_progress)
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
         return
     console.table(report.table(result))
-    places = f"Policy: {folder / 'policy.json'}   Report: {folder / 'report.md'}"
+    places = f"Policy: {folder / 'policy.json'}   Report: {folder / 'report.html'}"
     typer.echo("\n".join([*result.remarks, "", report.headline(result), places]))
 
 
@@ -208,11 +205,12 @@ def evaluate(
         Path | None, typer.Option(help="another policy, to say what is lost to it")
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="test seeds")] = 64,
-    batch: Batch = 8,
+    batch: Batch = None,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    task: Task = None,
     inputs: Inputs = None,
     call: Call = None,
     as_json: Json = False,
@@ -226,14 +224,18 @@ def evaluate(
     """
     policies = [hub.read(place) for place in (policy, against) if place]
     console.check_teachers(policies[0], policies[-1])
-    loaded = _load(model, device, dtype, threads, inputs, call)
+    from autofr.loading import load
+
+    loaded = load(model, device, dtype, threads, task, inputs, call=call or ())
     from autofr import job
 
+    _say_other_calls(loaded.pipe, policies)
     seeds = _test_seeds(loaded.pipe, seed, samples)
-    features = _features(loaded)
+    judge = _judge(loaded)
     with console.progress() as on_progress:
         measured = [
-            job.evaluate(loaded.pipe, one, seeds, batch, features, on_progress) for one in policies
+            job.evaluate(loaded.pipe, one, seeds, batch or loaded.batch, judge, on_progress)
+            for one in policies
         ]
     if as_json:
         facts = [one.model_dump(mode="json") for one in measured]
@@ -253,13 +255,16 @@ def sample(
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="images")] = 16,
     steps: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="sampling steps; the policy's, or 50")
+        int | None,
+        typer.Option(min=2, max=1000, help="sampling steps; the policy's, or the model's"),
     ] = None,
-    batch: Batch = 8,
+    batch: Batch = None,
     seed: Seed = 0,
     threads: Threads = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    task: Task = None,
+    prompt: Prompt = None,
     inputs: Inputs = None,
     call: Call = None,
     out: Annotated[Path, typer.Option(help="PNG file")] = Path("samples.png"),
@@ -270,19 +275,22 @@ def sample(
     """
     places.file(out, ".png")
     found = hub.read(policy) if policy else None
-    loaded = _load(model, device, dtype, threads, inputs, call)
+    from autofr.loading import load
+
+    loaded = load(model, device, dtype, threads, task, inputs, prompt or (), call or ())
     from autofr import pictures, sampler
     from autofr.evaluate import draw_all
 
     if found is not None:
+        _say_other_calls(loaded.pipe, [found])
         sampler.apply(loaded.pipe, found)
-    asked = steps or (found.sampler.replaces if found else 50)
+    asked = steps or (found.sampler.num_inference_steps if found else loaded.steps)
     began = time.perf_counter()
     with console.progress() as on_progress:
         drawn = draw_all(
             lambda seeds: sampler.draw(loaded.pipe, seeds, asked),
             _seeds(seed, count),
-            batch,
+            batch or loaded.batch,
             partial(on_progress, "sample"),
         )
     pictures.grid(drawn.images, out)
@@ -303,21 +311,6 @@ def show(
         typer.echo(found.model_dump_json(indent=1))
         return
     typer.echo("\n".join(console.words(found)))
-
-
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(help="folder of a finished search")]) -> None:
-    """Write the tables and plots of a finished search again.
-
-    Example: `autofr report results/ldm4-1.5x`
-    """
-    from autofr import job
-    from autofr import report as reporting
-
-    result = reporting.load_result(folder)
-    paths = reporting.write(result, folder, job.load_profile(folder), None, None)
-    typer.echo(reporting.headline(result))
-    typer.echo("Wrote " + ", ".join(path.name for path in paths))
 
 
 def main() -> None:
@@ -342,44 +335,23 @@ def main() -> None:
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def _load(
-    model: str,
-    device: str,
-    dtype: str,
-    threads: int,
-    inputs: Path | None,
-    call: Sequence[str] | None,
-) -> Loaded:
-    from autofr import task
+def _judge(loaded: Loaded) -> Judge:
+    from autofr.alignment import load_judge
 
-    arguments = task.parse_call(call or ())
-    rows = task.read_inputs(inputs) if inputs else None
-    import torch
-
-    from autofr import zoo
-    from autofr.families import discover
-    from autofr.points import find_denoiser
-
-    torch.set_num_threads(threads or _cores())
-    loaded = zoo.load(model, device, dtype)
-    discover(find_denoiser(loaded.pipe))  # a pipe without known points is refused before any work
-    return replace(loaded, pipe=task.as_task(loaded.pipe, rows, arguments))
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _features(loaded: Loaded) -> Features | None:
-    from autofr.quality import load_features
-
-    return load_features(loaded.folder) if loaded.folder else None
+    return load_judge(loaded.folder, loaded.pipe)
 
 
 def _seeds(seed: int, count: int) -> range:
     return range(seed * 1_000_000, seed * 1_000_000 + count)
+
+
+def _say_other_calls(pipe: Pipe, policies: Sequence[Policy]) -> None:
+    """A notice where policies were made for calls with other arguments, another guidance say."""
+    from autofr.task import plain
+
+    for policy in policies:
+        if said := console.other_call(policy, plain(pipe)):
+            console.say(f"notice: {said}")
 
 
 def _test_seeds(pipe: Pipe, seed: int, count: int) -> list[int]:

@@ -49,7 +49,7 @@ def solver_row(name: str, steps: int, score: Score, evaluator: Evaluator, costs:
         group="other solver",
         solver=name,
         steps=steps,
-        network_calls=steps,
+        network_calls=costs.runs(steps),
         predicted_speedup=costs.teacher(evaluator.steps) / costs.teacher(steps),
         **_measured(score, evaluator),
         candidate=False,
@@ -115,6 +115,36 @@ def held_out(settings: Settings) -> list[str]:
         " that calibration or validation had drawn too: there are only"
         f" {settings.inputs_count}. Noise is new in all of them."
     ]
+
+
+def part(costs: Costs, steps: int, policy: Policy) -> list[str]:
+    """Say which steps of a call ran, where it starts from a picture, and how the policy is called.
+
+    Such a pipe counts itself where it starts, so that it is asked for the policy's own steps.
+    """
+    if not costs.first(steps):
+        return []
+    lines = [
+        f"Of the {steps} steps of a call {costs.runs(steps)} run here, as it starts from a picture:"
+        " times, speed-ups and errors are of these, in all rows. The policy's decisions before them"
+        " are keyframes that do not run."
+    ]
+    count = len(policy.steps)
+    if count != steps:
+        lines.append(f"The policy is used by calls with num_inference_steps={count}.")
+    return lines
+
+
+def shared(pipe: Pipe) -> list[str]:
+    """Say what all calls were given, by the command or by a bundled model."""
+    given = getattr(pipe, "call", {})
+    if not given:
+        return []
+    said = ", ".join(
+        f"{name}={value}" if isinstance(value, str | int | float) else name
+        for name, value in given.items()
+    )
+    return [f"All calls were given {said}: the policy is for calls like these."]
 
 
 def speed(row: Row) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autofr.errors import UserError
 from autofr.memory import size
-from autofr.policy import Fid, Interval, Measured, Policy
+from autofr.policy import Fid, Interval, Measured, Policy, TextAlignment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,14 +105,18 @@ def _bars(console: Console) -> Iterator[Report]:
 # -- rows and lines -------------------------------------------------------------------------------
 
 
-def model_facts(name: str, model: Any, scores: Mapping[str, Any]) -> dict[str, Any]:
+def model_facts(
+    name: str, model: Any, tasks: Sequence[str], scores: Mapping[str, Any]
+) -> dict[str, Any]:
     """Say what a bundled model is, and the scores that it is expected to have."""
     return {
         "name": name,
         "pipeline": model.pipeline,
         "what": model.summary,
         "stands for": model.stands_for,
+        "tasks": ", ".join(tasks) or None,
         "steps": model.steps,
+        "call": arguments(model.call) or None,
         "parameters": scores.get("parameters"),
         "FID (bundled features)": scores.get("fid_teacher"),
     }
@@ -120,6 +124,8 @@ def model_facts(name: str, model: Any, scores: Mapping[str, Any]) -> dict[str, A
 
 def fact_rows(facts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Write facts as rows, one for each mapping; None is an empty cell."""
+    if not facts:
+        return [["no model is bundled with this installation"]]
     rows = [["" if value is None else str(value) for value in row.values()] for row in facts]
     return [[*facts[0]], *rows]
 
@@ -150,17 +156,32 @@ def measured_rows(measured: Measured) -> list[list[str]]:
         if value is None:
             continue
         title = name.replace("_", " ")
-        if isinstance(value, Fid):
-            rows.append(
-                [
-                    f"{title} in {value.features}",
-                    f"{_shown(value.policy)} (teacher {_shown(value.teacher)})",
-                ]
-            )
+        if isinstance(value, Fid | TextAlignment):
+            shown = f"{_shown(value.policy)} (teacher {_shown(value.teacher)})"
+            rows.append([value.title, shown])
             rows.append([f"{title} difference", _shown(value.difference)])
         else:
             rows.append([title, _shown(value)])
     return rows
+
+
+def arguments(call: Mapping[str, Any]) -> str:
+    """Arguments of a call, as one would type them."""
+    return ", ".join(f"{name}={value}" for name, value in call.items())
+
+
+def other_call(policy: Policy, call: Mapping[str, Any]) -> str | None:
+    """Say that a policy was made for other calls than these; None where it was not.
+
+    Policies of older versions do not say what for.
+    """
+    made = policy.provenance.call if policy.provenance else {}
+    if not made or made == dict(call):
+        return None
+    return (
+        f"the policy was made for calls with {arguments(made)}, and is used with"
+        f" {arguments(call) or 'none of them'}"
+    )
 
 
 def check_teachers(ours: Policy, theirs: Policy) -> None:
@@ -202,6 +223,14 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _against(found: Fid | TextAlignment, by: str) -> str:
+    change = found.difference
+    return (
+        f"{found.policy:.3f} against {found.teacher:.3f} ({by});"
+        f" difference {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
+    )
+
+
 def words(policy: Policy) -> list[str]:
     """Say what a policy does, line by line; the steps as a strip of letters."""
     steps, n = policy.steps, len(policy.steps)
@@ -231,12 +260,12 @@ def words(policy: Policy) -> list[str]:
             f" PSNR {found.psnr:.1f} dB, {found.samples} test seeds",
             f"memory    {size(found.kept_bytes)} kept between steps",
         ]
-        if fid := found.fid:
-            change = fid.difference
-            lines.append(
-                f"FID       {fid.policy:.3f} against {fid.teacher:.3f} ({fid.features});"
-                f" difference {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
-            )
+        if found.fid:
+            lines.append(f"FID       {_against(found.fid, found.fid.features)}")
+        if found.alignment:
+            lines.append(f"alignment {_against(found.alignment, found.alignment.towers)}")
     if policy.provenance:
         lines.append(f"made by   {policy.provenance.command} ({policy.provenance.date})")
+        if policy.provenance.call:
+            lines.append(f"for calls with {arguments(policy.provenance.call)}")
     return lines

@@ -26,22 +26,30 @@ from autofr.sampler import batches, draw, reuse
 RIDGE = 1e-3
 
 
+class _Path(NamedTuple):
+    """A batch's seeds, its latents after each pass, and where they are drawn (see `Tape.drawn`)."""
+
+    seeds: tuple[int, ...]
+    latents: tuple[torch.Tensor, ...]
+    drawn: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class Trajectory:
-    """The teacher's latents after every pass of the loop, on batches of calibration seeds.
+    """The teacher's latents after every pass that ran, on batches of calibration seeds.
 
-    `steps` maps each pass to its solver step; `parts` are (seeds of a batch, its latents).
+    `steps` maps each of these passes to its solver step.
     """
 
     steps: tuple[int, ...]
-    parts: tuple[tuple[tuple[int, ...], tuple[torch.Tensor, ...]], ...]
+    parts: tuple[_Path, ...]
 
     def fits(self, policy: Policy) -> bool:
         """Whether the policy has the same steps, and reuses only at those of one pass."""
         if max(self.steps) + 1 != len(policy.steps):
             return False
         reused = (i for i, step in enumerate(policy.steps) if step != KEY)
-        return all(self.steps.count(step) == 1 for step in reused)
+        return all(self.steps.count(step) <= 1 for step in reused)
 
 
 def trajectory(
@@ -52,8 +60,8 @@ def trajectory(
     for some in batches(seeds, batch):
         with record(pipe) as tape:
             draw(pipe, some, steps)
-        parts.append((tuple(some), tuple(tape.latents)))
-    return Trajectory(tuple(tape.steps), tuple(parts))
+        parts.append(_Path(tuple(some), tuple(tape.latents), tape.drawn()))
+    return Trajectory(tuple(tape.ran), tuple(parts))
 
 
 class _Mixed(NamedTuple):
@@ -78,8 +86,8 @@ def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) ->
     for _ in range(rounds):
         rows = list(policy.mix.weights)
         sums: dict[int, list[_Normal]] = {}
-        for seeds, latents in teacher.parts:
-            for step, normal in _along(pipe, policy, seeds, latents, teacher.steps).items():
+        for path in teacher.parts:
+            for step, normal in _along(pipe, policy, path, teacher.steps).items():
                 sums.setdefault(step, []).append(normal)
         for step, normals in sums.items():
             rows[step] = _Normal.together(normals).solve(rows[step])
@@ -87,13 +95,7 @@ def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) ->
     return policy
 
 
-def _along(
-    pipe: Pipe,
-    policy: Policy,
-    seeds: Sequence[int],
-    latents: Sequence[torch.Tensor],
-    steps: Sequence[int],
-) -> dict[int, _Normal]:
+def _along(pipe: Pipe, policy: Policy, path: _Path, steps: Sequence[int]) -> dict[int, _Normal]:
     """Run the policy on one batch, refitting as it goes; the normal equations of each step."""
     found: dict[int, _Normal] = {}
     parts: dict[int, list[_Mixed]] = {}
@@ -111,16 +113,16 @@ def _along(
         if not branches:
             return score
         row = policy.weights(steps[index])
-        wanted = _wanted_score(pipe, tape, score, sample, latents[index])
-        basis = _Basis.of(branches, row, score, len(seeds))
+        wanted = _wanted_score(pipe, tape, score, sample, path.latents[index])
+        basis = _Basis.of(branches, row, score, len(path.seeds))
         if wanted is None or basis is None:
             return score
-        normal = found[steps[index]] = basis.normal(wanted)
+        normal = found[steps[index]] = basis.normal(wanted, path.drawn)
         return basis.score(normal.solve(row)).to(score)
 
     with reuse(pipe, policy) as patch, record(pipe, revise=revise) as tape:
         patch.on_mix = note
-        draw(pipe, seeds, len(policy.steps))
+        draw(pipe, path.seeds, len(policy.steps))
     return found
 
 
@@ -131,7 +133,7 @@ def _wanted_score(
 
     None where the step does not depend on its score (DDIM's last without `set_alpha_to_one`).
     """
-    time = pipe.scheduler.timesteps[len(tape.latents)]
+    time = pipe.scheduler.timesteps[tape.begin + len(tape.latents)]
     sample, score = sample.float(), score.float()
     zero, one = (
         bare_scheduler(pipe.scheduler).step(s, time, sample, **again(tape.others))[0].double()
@@ -207,10 +209,13 @@ class _Basis:
         offset = -form.p / form.q * guide(given) if form else 0.0
         return cls(features, offset, form.q if form else 1.0, jump, samples, score)
 
-    def normal(self, wanted: torch.Tensor) -> _Normal:
-        """The normal equations of the mix that comes nearest to a wanted score."""
+    def normal(self, wanted: torch.Tensor, drawn: torch.Tensor | None = None) -> _Normal:
+        """The normal equations of the mix that comes nearest to a wanted score where it counts."""
         target = (wanted[: self.samples].flatten() - self.offset) * self.slope
-        features = self.features.cpu().numpy()
+        counted = self.features
+        if drawn is not None:
+            counted = counted * drawn[: self.samples].flatten()
+        features = counted.cpu().numpy()
         return _Normal(features @ features.T, features @ target.cpu().numpy(), self.jump)
 
     def score(self, row: tuple[float, ...]) -> torch.Tensor:

@@ -113,9 +113,9 @@ def fastest_seconds(space: Space, frame: Frame) -> float:
     steps, gap = frame.steps, frame.steps
     if isinstance(space, Planned):
         steps, gap = _steps(frame, min(space.axes.steps)), largest_gap(space)
-    keys = max(1, -(-(steps - 1) // gap))
-    costs = frame.costs
-    return costs.fixed + keys * costs.key + (steps - keys) * costs.jump
+    costs, runs = frame.costs, frame.costs.runs(steps)
+    keys = max(1, -(-(runs - 1) // gap))
+    return costs.fixed + keys * costs.key + (runs - keys) * costs.jump
 
 
 def family(name: str, masks: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -180,10 +180,10 @@ def _uniform(axes: UniformAxes, trial: Trial, frame: Frame) -> Decoded:
     interval = trial.suggest_int("interval", *axes.interval)
     if "frdiff" not in frame.masks:
         raise BudgetError("FRDiff's points save too little time here")
+    first = frame.costs.first(frame.steps)
     for wider in range(min(interval, frame.steps), frame.steps + 1):
-        draft = baselines.uniform(
-            f"FRDiff M={wider}, {mix_name(mix)}", "frdiff", frame.steps, wider, "frdiff", mix
-        )
+        name = f"FRDiff M={wider}, {mix_name(mix)}"
+        draft = baselines.uniform(name, "frdiff", frame.steps, wider, "frdiff", mix, first)
         spent = draft.seconds(frame.costs)
         if spent <= frame.seconds:
             frame.memory.check(draft.steps, frame.masks, mix)
@@ -200,14 +200,16 @@ def _direct(axes: DirectAxes, trial: Trial, frame: Frame) -> Decoded:
         if trial.suggest_categorical(f"reuse {group[0]}", [False, True])
         for point in group[1]
     ]
-    order = sorted(range(1, frame.steps), key=lambda i: -trial.suggest_float(f"key{i}", 0.0, 1.0))
+    first = frame.costs.first(frame.steps)
+    free = range(first + 1, frame.steps)
+    order = sorted(free, key=lambda i: -trial.suggest_float(f"key{i}", 0.0, 1.0))
     masks = {"chosen": tuple(points)} if points else {}
     saved = sum(frame.point_seconds[point] for point in _outer(points))
     reduced = max(frame.costs.jump, frame.costs.key - saved)
-    costs = Costs(frame.costs.key, frame.costs.jump, frame.costs.fixed, {"chosen": reduced})
+    costs = replace(frame.costs, masks={"chosen": reduced})
     between = "chosen" if points else JUMP
-    for count in range(frame.steps - 1, -1, -1):
-        keys = {0, *order[:count]}
+    for count in range(len(free), -1, -1):
+        keys = {*range(first + 1), *order[:count]}
         row = tuple(KEY if i in keys else between for i in range(frame.steps))
         draft = Draft("direct", "planned", row, mix)
         spent = draft.seconds(costs)

@@ -39,6 +39,10 @@ class SpaceError(UserError):
     """A search-space file that is not valid."""
 
 
+class JobsError(UserError):
+    """A job file that is not valid, or jobs that cannot be started."""
+
+
 class HubError(UserError):
     """A place on the Hugging Face hub that cannot be read or written."""
 

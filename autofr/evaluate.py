@@ -15,13 +15,14 @@ import torch
 
 from autofr.baselines import Group
 from autofr.clock import Clock, Listener
-from autofr.errors import MeasurementError, ModelError
+from autofr.errors import MeasurementError, ModelError, TaskError
 from autofr.latency import median_interval, seconds
 from autofr.points import Pipe, device_of, find_denoiser, name_of
 from autofr.policy import Interval, Policy
 from autofr.quality import Features, mean_interval, relative_error
 from autofr.recording import record
 from autofr.sampler import Samples, batches, draw, reuse
+from autofr.start import Starts
 
 FINE = 5  # the fine reference takes this many times the teacher's steps
 _log = logging.getLogger("autofr")
@@ -65,6 +66,14 @@ def interval(values: np.ndarray) -> Interval:
     """Mean and 95 % bootstrap interval of per-sample values."""
     value, low, high = mean_interval(values)
     return Interval(value=value, low=low, high=high)
+
+
+def latent_errors(found: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
+    """Relative error of each sample's final latents, where the wanted ones are drawn.
+
+    Elsewhere inpainting overwrites them, which a run of a single step does not show.
+    """
+    return relative_error(found * (wanted != 0), wanted)
 
 
 def draw_all(
@@ -119,7 +128,7 @@ class Pulse:
         """Draw, and note (pulse around the call, seconds of the call) if the batch is full."""
         if self._call is None:
             with record(pipe, calls=True) as tape:
-                draw(pipe, seeds, 2)
+                draw(pipe, seeds, Starts(pipe).short(2, steps))
             self._call, self._batch = tape.calls[0].given, len(seeds)
         if len(seeds) != self._batch:
             return draw(pipe, seeds, steps)
@@ -199,12 +208,12 @@ class Evaluator:
         return self.features.fid(self.features(score.samples.images))
 
     def _compare(self, found: Samples) -> Score:
-        errors = relative_error(found.latents, self.teacher.latents[: len(found.latents)])
+        errors = latent_errors(found.latents, self.teacher.latents[: len(found.latents)])
         return Score(errors, self._reference_errors(found), found, self.pulse.speedup())
 
     def _reference_errors(self, found: Samples) -> np.ndarray:
         n = min(len(self.fine.latents), len(found.latents))
-        return relative_error(found.latents[:n], self.fine.latents[:n])
+        return latent_errors(found.latents[:n], self.fine.latents[:n])
 
 
 def fine_steps(pipe: Pipe, steps: int) -> int:
@@ -219,6 +228,11 @@ class _BegunError(Exception):
 
 
 class _Stop(Listener):
+    asked = False
+
+    def stopped(self) -> None:  # what ran before is over: the scheduler is asked for its timesteps
+        self.asked = True
+
     def started(self, steps: int) -> None:
         raise _BegunError
 
@@ -228,16 +242,19 @@ def check_steps(pipe: Pipe, steps: int) -> None:
 
     Raises: ModelError with what the scheduler says.
     """
-    clock = Clock(pipe.scheduler, _Stop())
+    listener = _Stop()
+    clock = Clock(pipe.scheduler, listener)
     clock.install()
     try:
         draw(pipe, [0], steps)
     except _BegunError:
         pass
-    except ValueError as error:
+    except (TaskError, ValueError) as error:
+        if isinstance(error, TaskError) and not listener.asked:
+            raise
         raise ModelError(
             f"{name_of(pipe)} with {type(pipe.scheduler).__name__} cannot take {steps} steps:"
-            f" {error}; ask for fewer with --steps"
+            f" {error.__cause__ or error}; ask for fewer with --steps"
         ) from error
     finally:
         clock.remove()
@@ -254,9 +271,22 @@ def solver(pipe: Pipe, scheduler: object) -> Iterator[None]:
         pipe.scheduler = own
 
 
-def other_solvers(pipe: Pipe) -> dict[str, object]:
+def check_runs(starts: Starts, steps: int) -> None:
+    """Refuse a call of which so little runs that nothing can be reused.
+
+    Raises: ModelError saying what could be changed.
+    """
+    if starts.runs(steps) < min(2, steps):
+        raise ModelError(
+            f"of {steps} steps {starts.runs(steps) or 'none'} would run, so that there is nothing"
+            " to reuse: ask for more with --steps, or for a larger --call strength"
+        )
+
+
+def other_solvers(pipe: Pipe, steps: int = 2) -> dict[str, object]:
     """Better solvers of the same model, as users would set them; never candidates.
 
+    Each is tried in a call of `steps`, which should run two of them.
     Some models ask for more than a timestep of the training schedule (SVD, EDM), and some pipes
     pass arguments that only their own solver takes: what such a pipe cannot drive is left out.
     """
@@ -273,11 +303,11 @@ def other_solvers(pipe: Pipe) -> dict[str, object]:
             "DPM-Solver++ 2M Karras": {"use_karras_sigmas": True},
             "UniPC": {"timestep_spacing": "trailing"},
         }
-    found = {name: _driven(pipe, name, change) for name, change in changes.items()}
+    found = {name: _driven(pipe, name, change, steps) for name, change in changes.items()}
     return {name: scheduler for name, scheduler in found.items() if scheduler is not None}
 
 
-def _driven(pipe: Pipe, name: str, changes: dict[str, Any]) -> object | None:
+def _driven(pipe: Pipe, name: str, changes: dict[str, Any], steps: int) -> object | None:
     """The solver, if a short run of the pipe can use it; whatever fails is of that solver alone."""
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -285,7 +315,7 @@ def _driven(pipe: Pipe, name: str, changes: dict[str, Any]) -> object | None:
     try:
         scheduler = kind.from_config(pipe.scheduler.config, **changes)
         with solver(pipe, scheduler):
-            draw(pipe, [0], 2)
+            draw(pipe, [0], steps)
     except Exception as error:
         _log.debug("%s cannot use %s: %s", name_of(pipe), name, error, exc_info=True)
         return None

@@ -24,21 +24,22 @@ SAME = 0.01  # relative difference of two runs of one seed that is put down to r
 LINEAR = 0.02  # relative error above which a step is not called linear
 
 
-def of(pipe: Pipe) -> Guidance:
+def of(pipe: Pipe, steps: int = 3) -> Guidance:
     """Tell from a short run how many branches a step has, and whether they share a call.
 
+    Args: steps, of a call that runs a few of them.
     Raises: ModelError for a pipe that nothing can be planned for; see `check_plannable`.
     """
     with record(pipe, calls=True) as tape:
-        once = draw(pipe, [0], 3).latents
+        once = draw(pipe, [0], steps).latents
     check_plannable(pipe, tape)
-    if float((draw(pipe, [0], 3).latents - once).norm() / once.norm()) > SAME:
+    if float((draw(pipe, [0], steps).latents - once).norm() / once.norm()) > SAME:
         raise ModelError(
             f"{name_of(pipe)} draws noise that no seed decides, so that no two runs can be compared"
             f" (it gives {type(pipe.scheduler).__name__} no generator): take a solver that draws"
             " none, or eta=0"
         )
-    calls = tape.passes()[0]
+    calls = tape.passes()[tape.begin]
     if len(calls) > 1:
         return "split"
     return "batched" if len(calls[0].output) > 1 else "none"
@@ -47,12 +48,12 @@ def of(pipe: Pipe) -> Guidance:
 def check_plannable(pipe: Pipe, tape: Tape) -> None:
     """Refuse what planning does not know: policies can be applied to it all the same.
 
-    Raises: ModelError for a run that leaves out steps, or changes its batch or its branches.
+    Raises: ModelError for a run that ends early, or changes its batch or its branches.
     """
-    if tape.calls[0].at or len(tape.scores) != len(tape.steps):
+    if tape.begin + len(tape.scores) != len(tape.steps):
         raise ModelError(
-            f"{name_of(pipe)} leaves out steps (a strength below 1?), so that nothing can be"
-            " planned for all of them: search with whole runs, and apply the policy to the part"
+            f"{name_of(pipe)} ends before its last step, so that nothing can be planned for all of"
+            " them: search with whole runs, and apply the policy to the part"
         )
     shapes = [
         [[tensor.shape for tensor in tensors_in(call.given)] for call in calls]

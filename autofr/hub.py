@@ -344,11 +344,11 @@ def _rows(measured: Measured | None) -> list[tuple[str, str]]:
         ("relative error of the final latents", _spread(measured.trajectory_error, ".2g")),
         ("PSNR to the images without it", f"{measured.psnr:.1f} dB"),
     ]
-    if fid := measured.fid:
-        features = _line(fid.features)
+    for one in measured.judged:
+        title = _line(one.title)
         rows += [
-            (f"FID in {features}, without / with", f"{fid.teacher:.3f} / {fid.policy:.3f}"),
-            (f"FID in {features}, difference", _spread(fid.difference, "+.3f")),
+            (f"{title}, without / with", f"{one.teacher:.3f} / {one.policy:.3f}"),
+            (f"{title}, difference", _spread(one.difference, "+.3f")),
         ]
     return [
         *rows,

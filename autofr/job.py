@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from autofr import profile_pictures, profiling, report, sampler, verify
+from autofr import before_after, page, profile_pictures, profiling, report, sampler, verify
+from autofr.alignment import NOBODY, Judge
 from autofr.calibration import candidate_masks
-from autofr.evaluate import check_steps
+from autofr.evaluate import check_runs, check_steps
 from autofr.families import discover
 from autofr.latency import seconds
 from autofr.points import Pipe, device_of, dtype_of, find_denoiser, name_of
 from autofr.policy import Measured, Policy
 from autofr.profiling import Profile
-from autofr.quality import Features
 from autofr.result import Result
 from autofr.search import OnProgress, Search
+from autofr.shelf import shared
+from autofr.start import Starts
 from autofr.study import Settings, run_folder, spec_of
 
 PROFILE = "profile.json"
@@ -27,23 +29,28 @@ def run(
     pipe: Pipe,
     settings: Settings,
     folder: Path,
-    features: Features | None = None,
+    judge: Judge = NOBODY,
     on_progress: OnProgress = lambda stage, done, total: None,
+    shelf: Path | None = None,
 ) -> Result:
     """Search in a folder of its own, and leave policy, profile, result and report there.
 
-    Where the folder holds the same run, unfinished or finished, that is resumed.
+    Where the folder holds the same run, unfinished or finished, that is resumed. `shelf` is a
+    folder of profiles and calibrations that runs of the same pipe share.
     Raises: RunFolderError when the folder cannot be written, is in use or holds another run;
         BudgetError when the budget cannot be met; MeasurementError when the model gives NaN or
         latency does not settle.
     """
-    with run_folder(folder, spec_of(pipe, settings)):
-        found = Search(pipe, settings, folder, features, on_progress).run()
+    spec = spec_of(pipe, settings)
+    with run_folder(folder, spec), shared(shelf, folder, pipe, settings, spec):
+        found = Search(pipe, settings, folder, judge, on_progress).run()
         on_progress("report", 0, 1)
         found.result.policy.save(folder / "policy.json")
         found.profile.save(folder / PROFILE)
         few = [samples.images[:FEW] for samples in (found.teacher, found.chosen)]
         report.write(found.result, folder, found.profile, *few)
+        before_after.save(few[0], few[1], folder)
+        page.write(found.result, folder, found.profile)
         on_progress("report", 1, 1)
     return found.result
 
@@ -57,10 +64,9 @@ def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
     Raises: BudgetError when the unaccelerated pipe already meets the budget; ModelError when it
         cannot take so many steps.
     """
-    check_steps(pipe, settings.steps)
-    call = _call_seconds(pipe, settings)
+    call = call_seconds(pipe, settings)
     speedup = settings.budget.speedup_over(call)
-    minutes = _calls(settings, speedup) * call / 60
+    minutes = search_seconds(settings, call) / 60
     return (
         f"model {settings.name} ({name_of(pipe)}), {settings.steps} steps, batch"
         f" {settings.batch}: {1000 * call:.0f} ms per call here\n"
@@ -73,12 +79,27 @@ def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
     )
 
 
-def _call_seconds(pipe: Pipe, settings: Settings) -> float:
-    """Seconds of the unaccelerated call, from the difference of two that are shorter."""
+def call_seconds(pipe: Pipe, settings: Settings) -> float:
+    """Seconds of the unaccelerated call, from the difference of two that are shorter.
+
+    Raises: ModelError when the pipe cannot take so many steps.
+    """
+    check_steps(pipe, settings.steps)
+    starts = Starts(pipe)
+    check_runs(starts, settings.steps)
     draw, device = partial(sampler.draw, pipe, range(settings.batch)), device_of(pipe)
-    draw(2)  # warms up
-    long, short = (seconds(partial(draw, steps), device) for steps in (12, 2))
-    return settings.steps * (long - short) / 10
+    long, short = (starts.short(count, settings.steps) for count in (12, 2))
+    draw(short)  # warms up
+    more, less = (seconds(partial(draw, steps), device) for steps in (long, short))
+    return starts.runs(settings.steps) * (more - less) / (starts.runs(long) - starts.runs(short))
+
+
+def search_seconds(settings: Settings, call: float) -> float:
+    """About how many seconds a search takes where an unaccelerated call takes `call`.
+
+    Raises: BudgetError when that meets the budget already.
+    """
+    return _calls(settings, settings.budget.speedup_over(call)) * call
 
 
 def _calls(settings: Settings, speedup: float) -> float:
@@ -105,8 +126,10 @@ def profile(
     """Profile a pipe with all its candidate masks, and leave profile and pictures in a folder.
 
     Returns: the profile, and the paths of the pictures.
-    Raises: ModelError for a denoiser without known points; MeasurementError when it gives NaN.
+    Raises: ModelError for a denoiser without known points, or calls of which too little runs;
+        MeasurementError when it gives NaN.
     """
+    check_runs(Starts(pipe), steps)
     found = profiling.profile(
         pipe,
         candidate_masks(discover(find_denoiser(pipe))),
@@ -133,16 +156,18 @@ def evaluate(
     policy: Policy,
     seeds: Sequence[int],
     batch: int,
-    features: Features | None = None,
+    judge: Judge = NOBODY,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Measured:
     """Measure a policy on the pipe's device: its speed-up in pairs, what it changes on the seeds.
 
     What was predicted when it was made is repeated only for the same device, batch and type.
-    Raises: PolicyError when it was made for another pipe; MeasurementError when it draws NaN.
+    Raises: PolicyError when it was made for another pipe; ModelError when too little of a call
+        runs; MeasurementError when it draws NaN.
     """
     sampler.check(pipe, policy)
     steps = policy.sampler.replaces
+    check_runs(Starts(pipe), steps)
     timing = verify.time_policy(
         pipe,
         policy,
@@ -162,7 +187,7 @@ def evaluate(
         seeds=seeds,
         steps=steps,
         batch=batch,
-        features=features,
+        judge=judge,
         on_progress=partial(on_progress, "test"),
         predicted_bytes=there.predicted_bytes if there else None,
     )

@@ -70,18 +70,25 @@ def parse_budget(text: str) -> Budget:
     return Budget(text.strip(), seconds=value / 1000 if unit == "ms" else value)
 
 
+def whole(steps: int) -> int:
+    """How many of the first steps a call leaves out that runs them all."""
+    return 0
+
+
 @dataclass(frozen=True)
 class Costs:
     """Seconds of one pipe call in parts: `fixed + sum of steps`.
 
     `key`, `jump` and `masks[name]` are seconds per step, scheduler included; `fixed` is the rest
-    of the call (latents, decoding). `jump` is a step without the network.
+    of the call (latents, decoding). `jump` is a step without the network. Of a call's steps the
+    first `first(steps)` do not run, and cost nothing (see `start`).
     """
 
     key: float
     jump: float
     fixed: float
     masks: dict[str, float]
+    first: Callable[[int], int] = whole
 
     def of_step(self, step: str) -> float:
         """Seconds of a step by its name in the policy."""
@@ -89,11 +96,27 @@ class Costs:
 
     def of_call(self, steps: Sequence[str]) -> float:
         """Predicted seconds of a whole call."""
-        return self.fixed + sum(self.of_step(step) for step in steps)
+        return self.fixed + sum(self.of_step(step) for step in steps[self.first(len(steps)) :])
+
+    def runs(self, steps: int) -> int:
+        """How many steps of a call run."""
+        return steps - self.first(steps)
 
     def teacher(self, steps: int) -> float:
         """Predicted seconds of the unaccelerated call."""
-        return self.fixed + steps * self.key
+        return self.fixed + self.runs(steps) * self.key
+
+    def affordable(self, seconds: float, steps: int) -> int:
+        """The most steps of an unaccelerated call in so many seconds, told from one of `steps`."""
+        running = max(0, int((seconds - self.fixed) / self.key))
+        if not self.first(steps):
+            return running
+        found = running * steps // max(1, self.runs(steps))
+        while found and self.runs(found) > running:
+            found -= 1
+        while found < steps and self.runs(found + 1) <= running:
+            found += 1
+        return found
 
 
 @dataclass(frozen=True)
@@ -192,20 +215,24 @@ def measure_costs(
     device: torch.device | str = "cpu",
     rounds: int = 9,
     refresh: Callable[[], object] = lambda: None,
+    first: Callable[[int], int] = whole,
+    few: int = 2,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Costs:
     """Measure the parts of a call.
 
     Args: `call(steps)` runs the whole pipe with those steps; `evaluate(step)` runs the denoiser
-        once, as a keyframe or with a mask; `refresh()` runs untimed before masks are timed.
+        once, as a keyframe or with a mask; `refresh()` runs untimed before masks are timed; `first`
+        says how many steps a call leaves out, `few` are those of a short one that runs two or more.
     A full call against one with a single keyframe gives the network's time as it is inside a
     call; a shorter one separates the fixed part from the cost of a step without network. Masks
     are timed in turn with keyframes, and their ratio to the keyframes around them counts, so that
     a slow moment of the machine cancels.
     """
-    if steps < 2:
+    runs, short = steps - first(steps), few - first(few)
+    if runs < 2:
         raise MeasurementError("a call of one step has nothing to reuse; ask for 2 steps or more")
-    lengths = ([KEY] * steps, [KEY, *[JUMP] * (steps - 1)], [KEY, JUMP])
+    lengths = ([KEY] * steps, [KEY, *[JUMP] * (steps - 1)], [KEY, *[JUMP] * (few - 1)])
     ratios: dict[str, list[float]] = {name: [] for name in masks}
     calls: list[list[float]] = []
     evaluate(KEY), call(lengths[2])
@@ -221,9 +248,9 @@ def measure_costs(
             before = after
         if on_round:
             on_round(index + 1, rounds)
-    full, idle, short = np.median(np.array(calls), axis=0)
-    network = max(1e-9, (full - idle) / (steps - 1))
-    jump = max(0.0, (idle - short) / (steps - 2)) if steps > 2 else 0.0
-    fixed = max(0.0, idle - network - steps * jump)
+    full, idle, least = np.median(np.array(calls), axis=0)
+    network = max(1e-9, (full - idle) / (runs - 1))
+    jump = max(0.0, (idle - least) / (runs - short)) if runs > short else 0.0
+    fixed = max(0.0, idle - network - runs * jump)
     reduced = {name: float(np.median(r)) * network + jump for name, r in ratios.items()}
-    return Costs(network + jump, jump, fixed, reduced)
+    return Costs(network + jump, jump, fixed, reduced, first)

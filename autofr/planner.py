@@ -27,7 +27,8 @@ class Rule:
     `masks`: names allowed ("jump" among them); `mix`: "fit1", "fit2" (least squares on the
     reduced score and one or two keyframes' scores), or a λ(t) family; `max_gap`: most steps from a
     keyframe to the next, or from the last one to the end; `phase`: log error weight
-    at the start and at the end against the middle; `first`, `last`: forced keyframes at the ends.
+    at the start and at the end against the middle; `first`, `last`: forced keyframes at the ends
+    of what runs.
     """
 
     masks: tuple[str, ...]
@@ -40,7 +41,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps with their mix, what the additive model expects of them, and what they cost."""
+    """All steps of a call with their mix, what the additive model expects of them, their cost."""
 
     steps: tuple[str, ...]
     mix: Mix
@@ -50,12 +51,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Choices:
-    """Weighted error and seconds of every choice: (masks, step, gap, gap before), and its mix."""
+    """Weighted error and seconds of every choice: (masks, step, gap, gap before), and its mix.
+
+    Steps are those that run, after the `first` of a call.
+    """
 
     names: tuple[str, ...]
     error: np.ndarray
     weights: np.ndarray
     seconds: np.ndarray
+    first: int
 
 
 def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
@@ -83,7 +88,7 @@ def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
     scale = calibration.gain**2 * np.exp(phase) / calibration.norm
     np.multiply(error, scale[:, None, None], out=error, where=np.isfinite(error))
     seconds = np.array([costs.of_step(name) for name in names] or [0.0])
-    return _Choices(names, error, weights, seconds)
+    return _Choices(names, error, weights, seconds, calibration.first)
 
 
 def _stretches(
@@ -127,7 +132,8 @@ def _mixed(
         right = wanted[:, free] - part @ start[free]
         weights[:, free] += np.linalg.solve(part + ridge, right[..., None])[..., 0]
     else:
-        share = [0.0 if jump else mix.weight(i / calibration.steps) for i in steps]
+        place = (calibration.first + steps) / calibration.asked
+        share = [0.0 if jump else mix.weight(float(r)) for r in place]
         weights = np.stack([share, 1 - np.array(share), np.zeros(len(steps))], axis=1)
     error = target - 2 * (weights * wanted).sum(1)
     error += np.einsum("si,sij,sj->s", weights, gram, weights)
@@ -145,7 +151,7 @@ def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> 
     unit = 1 / costs.key  # prices are errors per keyframe's time, whatever the device
     fastest = _path(table, costs, rule, price=1e9 * unit)
     if fastest.seconds > seconds:
-        raise BudgetError(out_of_reach(costs, calibration.steps, seconds, fastest.seconds))
+        raise BudgetError(out_of_reach(costs, calibration.asked, seconds, fastest.seconds))
     best = fastest
     free = _path(table, costs, rule, price=0.0)
     if free.seconds <= seconds:
@@ -230,8 +236,8 @@ def _trace(
 def _build(
     table: _Choices, costs: Costs, picks: Sequence[tuple[int, int, int] | None], mix: Mix | str
 ) -> Plan:
-    steps: list[str] = []
-    rows: list[tuple[float, ...]] = []
+    steps = [KEY] * table.first  # what a call leaves out does not run
+    rows: list[tuple[float, ...]] = [()] * table.first
     error = 0.0
     for step, pick in enumerate(picks):
         if pick is None:
@@ -250,7 +256,7 @@ def _build(
 
 def _spend(table: _Choices, costs: Costs, found: Plan, seconds: float) -> Plan:
     """Use the time that the price left over: upgrade single masks, best gain first."""
-    picks = _picks(table, found.steps)
+    picks = _picks(table, found.steps[table.first :])
     left = seconds - found.seconds
     while True:
         best, gain = None, 0.0

@@ -75,11 +75,34 @@ class Fid(Value):
     policy: Finite
     difference: Interval
 
+    @property
+    def title(self) -> str:
+        """What is measured, and in what."""
+        return f"FID in {self.features}"
+
+
+class TextAlignment(Value):
+    """Alignment of images and prompts, teacher's and policy's on the same seeds, in named towers.
+
+    100 max(cos, 0), mean over the samples.
+    """
+
+    towers: str
+    teacher: Finite
+    policy: Finite
+    difference: Interval
+
+    @property
+    def title(self) -> str:
+        """What is measured, and in what."""
+        return f"alignment with prompts in {self.towers}"
+
 
 class Measured(Value):
     """What was measured when the policy was chosen, with the protocol.
 
-    `fid` is None where the model has no feature extractor; `kept_bytes` is the most that was kept
+    `fid` is None where the model has no feature extractor, `alignment` where it has no towers for
+    it or the samples no prompts; `kept_bytes` is the most that was kept
     between two steps; predictions are None where they were made for another device, batch or type.
     """
 
@@ -95,6 +118,7 @@ class Measured(Value):
     samples: Annotated[int, Field(ge=1)]
     seeds: str
     fid: Fid | None = None
+    alignment: TextAlignment | None = None
     trajectory_error: Interval
     psnr: Finite
     low_frequency_error: Finite
@@ -102,12 +126,18 @@ class Measured(Value):
     kept_bytes: Annotated[int, Field(ge=0)]
     predicted_bytes: Annotated[int, Field(ge=0)] | None = None
 
+    @property
+    def judged(self) -> list[Fid | TextAlignment]:
+        """What was measured of the images without looking at the teacher's."""
+        return [one for one in (self.fid, self.alignment) if one is not None]
+
 
 class Provenance(Value):
-    """Where the policy comes from."""
+    """Where the policy comes from; `call` are the plain arguments that all its calls were given."""
 
     autofr: str
     command: str
+    call: dict[str, str | bool | int | float] = Field(default_factory=dict)
     space: str
     study: str
     trials: int

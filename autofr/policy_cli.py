@@ -10,6 +10,7 @@ import typer
 
 from autofr import places
 from autofr.hub import read as load_policy
+from autofr.options import Model
 from autofr.policy import Policy
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ app = typer.Typer()
 File = Annotated[Path, typer.Argument(help="policy file, or hub:owner/name@revision")]
 Out = Annotated[Path, typer.Option(help="policy file to write")]
 Steps = Annotated[int, typer.Option(min=1, help="sampling steps that a call asks for")]
-Model = Annotated[str, typer.Option(help="bundled name, local diffusers folder, or hub id")]
 Readable = Literal["deepcache", "smoothcache", "ecad", "cache-dit", "budcache"]
 Writable = Literal["deepcache", "cache-dit"]
 

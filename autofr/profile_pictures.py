@@ -31,7 +31,7 @@ def profile_pictures(profile: Profile, folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def _kinds(profile: Profile) -> dict[str, list[str]]:
+def kinds_of(profile: Profile) -> dict[str, list[str]]:
     """Names of points by kind, in network order; the score, which is no point, comes last."""
     kinds: dict[str, list[str]] = {}
     rank = {"down": 0, "mid": 1}
@@ -42,7 +42,7 @@ def _kinds(profile: Profile) -> dict[str, list[str]]:
     return kinds
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """`up_blocks.2.resnets.0#conv` -> `up 2 resnet 0`."""
     path = re.sub(r"_blocks?\b", "", name.split("#")[0].replace(".", " "))
     return re.sub(r"(resnet|attention)s\b", r"\1", path)
@@ -62,7 +62,7 @@ def _panels(
     for (kind, names), ax in zip(kinds.items(), panels[:, 0], strict=True):
         yield ax, kind, names
         labelled = range(0, len(names), every)
-        ax.set_yticks(labelled, [_short(names[row]) for row in labelled], fontsize=7)
+        ax.set_yticks(labelled, [short_name(names[row]) for row in labelled], fontsize=7)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.tick_params(length=0)
         ax.set_title(kind, fontsize=9)
@@ -76,7 +76,7 @@ def _similarity(profile: Profile, path: Path) -> None:
     known = np.concatenate(list(change.values()))
     low, high = np.percentile(known[known > 0] if (known > 0).any() else [1.0], [1, 99.5])
     norm = LogNorm(low, max(high, 1.01 * low), clip=True)
-    kinds = _kinds(profile)
+    kinds = kinds_of(profile)
     height = _height(len(change), len(kinds))
     title = f"Change of every point from one step to the next\n{_setting(profile)}"
     with picture(path, 10, height, title) as figure:
@@ -97,7 +97,7 @@ def _similarity(profile: Profile, path: Path) -> None:
 def _latency(profile: Profile, path: Path) -> None:
     """Bars: time of each point with the part that reuse skips; cost of a step with each mask."""
     points = {point.name: point for point in profile.points if point.kind != "stage"}
-    kinds = {kind: names for kind, names in _kinds(profile).items() if names[0] in points}
+    kinds = {kind: names for kind, names in kinds_of(profile).items() if names[0] in points}
     longest = max((point.whole_seconds for point in points.values()), default=0) * 1e3
     title = f"Where the time goes\n{_setting(profile)}; a full step {duration(profile.key_seconds)}"
     rows = max(len(points), len(profile.mask_seconds) + 6)
@@ -149,7 +149,7 @@ def _gaps(profile: Profile, path: Path) -> None:
     with picture(path, 11, 4.6, title) as figure:
         panels = figure.subplots(1, 2)
         for ax, (metric, label) in zip(panels, metrics.items(), strict=True):
-            for (kind, names), colour in zip(_kinds(profile).items(), SHADES, strict=False):
+            for (kind, names), colour in zip(kinds_of(profile).items(), SHADES, strict=False):
                 rows = [getattr(profile.similarity[name], metric) for name in names]
                 means = np.nanmean(np.array(rows, float)[:, : profile.steps - 1], axis=2)
                 gaps = np.arange(1, means.shape[1] + 1)

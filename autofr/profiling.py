@@ -25,6 +25,7 @@ from autofr.policy import AS_IS, Keep
 from autofr.recording import record
 from autofr.sampler import draw
 from autofr.similarity import OnProgress, Similarity, measure_similarity
+from autofr.start import Starts
 from autofr.store import COMPUTE
 
 
@@ -192,7 +193,7 @@ def load(path: Path) -> Profile:
 def _first_calls(pipe: Pipe, steps: int, batch: int) -> list[Given]:
     """Arguments of the denoiser calls of a pass in the middle of a run: one per guidance branch."""
     with record(pipe, calls=True) as tape:
-        draw(pipe, range(batch), min(steps, 3))
+        draw(pipe, range(batch), Starts(pipe).short(min(steps, 3), steps))
     middle = tape.calls[len(tape.calls) // 2].at
     return [call.given for call in tape.passes()[middle]]
 
@@ -276,6 +277,7 @@ def costs_of(
     seeds = range(batch)
     index = {name: i for i, name in enumerate(masks, start=1)}
     patch = Patch(pipe, [[points[p] for p in mask] for mask in masks.values()])
+    starts = Starts(pipe)
 
     def refresh() -> None:
         with patch.keyframe():
@@ -297,6 +299,7 @@ def costs_of(
             timed.remove()
             patch.install()
 
+    few = starts.short(2, steps)
     patch.install()
     try:
         with torch.inference_mode():
@@ -307,6 +310,8 @@ def costs_of(
                 [*masks],
                 device=device_of(pipe),
                 refresh=refresh,
+                first=starts,
+                few=few,
                 on_round=on_progress,
             )
     finally:

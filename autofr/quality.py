@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autofr.errors import ModelError
+
+WEIGHTS, STATISTICS, SETS = "features.safetensors", "reference.safetensors", "sets.json"
 
 
 class Encoder(nn.Module):
@@ -79,27 +84,111 @@ class Features:
         return _frechet(self.reference, Reference.of(features))
 
 
-def load_features(folder: Path) -> Features | None:
+class _Listed(BaseModel):
+    """The file that says which values of an argument belong to which set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    argument: Literal["class_labels", "prompt"]
+    sets: dict[str, Annotated[list[int | str], Field(min_length=1)]]
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Named sets of the real data: the values of an argument that ask for them, their statistics.
+
+    Raises: ModelError where a set has no more images than channels: its covariance has no full
+        rank, and distances to it say little.
+    """
+
+    argument: str
+    values: Mapping[str, Sequence[int | str]]
+    references: Mapping[str, Reference]
+
+    def __post_init__(self) -> None:
+        for name, one in self.references.items():
+            if one.count <= len(one.mean):
+                raise ModelError(
+                    f"set {name!r} has {one.count} images, expected more than its"
+                    f" {len(one.mean)} channels: join it with another, or give more images"
+                )
+
+    @classmethod
+    def of(
+        cls, argument: str, parts: Mapping[str, tuple[Sequence[int | str], torch.Tensor]]
+    ) -> Sets:
+        """Sets from (values, features (n, d) of their images) by name."""
+        values = {name: list(asked) for name, (asked, _) in parts.items()}
+        references = {name: Reference.of(features) for name, (_, features) in parts.items()}
+        return cls(argument, values, references)
+
+    def smallest(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Name of the set of fewest values that has all that rows of call arguments ask for."""
+        given = [row.get(self.argument) for row in rows]
+        asked = [one for value in given for one in (value if isinstance(value, list) else [value])]
+        fitting = {
+            name: len(values)
+            for name, values in self.values.items()
+            if asked and all(one in values for one in asked)
+        }
+        return min(fitting, key=fitting.__getitem__, default=None)
+
+
+def save_features(folder: Path, features: Features, sets: Sets | None = None) -> None:
+    """Write the extractor (in half precision) and its statistics beside a model."""
+    weights = {name: value.half() for name, value in features.encoder.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    every = {"": features.reference}
+    every |= {f"{name}/": one for name, one in sets.references.items()} if sets else {}
+    statistics = {}
+    for prefix, one in every.items():
+        statistics[f"{prefix}mean"] = one.mean.float()
+        statistics[f"{prefix}covariance"] = one.covariance.float()
+        statistics[f"{prefix}count"] = torch.tensor(one.count)
+    save_file(statistics, folder / STATISTICS)
+    (folder / SETS).unlink(missing_ok=True)
+    if sets:
+        listed = _Listed.model_validate({"argument": sets.argument, "sets": sets.values})
+        (folder / SETS).write_text(listed.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def load_features(folder: Path, rows: Sequence[Mapping[str, Any]] = ()) -> Features | None:
     """Read the extractor and reference that lie beside a model, if there are any.
 
+    `rows` are the call arguments in use: the smallest set of the real data that has all their
+    values is the reference, else the whole.
     Raises: ModelError when the files are damaged.
     """
-    weights, statistics = folder / "features.safetensors", folder / "reference.safetensors"
-    if not (weights.is_file() and statistics.is_file()):
+    if not ((folder / WEIGHTS).is_file() and (folder / STATISTICS).is_file()):
         return None
     try:
-        state = {name: value.float() for name, value in load_file(weights).items()}
-        real = load_file(statistics)
+        state = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
         encoder = Encoder(len(state["head.bias"]))
         encoder.load_state_dict(state)
-        reference = Reference(real["mean"], real["covariance"], int(real["count"]))
-        if reference.covariance.shape != (encoder.num_features, len(reference.mean)):
-            raise ValueError("features and reference differ in size")
+        whole, sets = _statistics(folder, encoder.num_features)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the feature files are damaged ({error})") from None
-    return Features(
-        encoder.eval().requires_grad_(False), reference, f"bundled {folder.name} features"
-    )
+    called, reference = f"bundled {folder.name} features", whole
+    if sets and (name := sets.smallest(rows)) is not None:
+        called, reference = f"{called}, {name}", sets.references[name]
+    return Features(encoder.eval().requires_grad_(False), reference, called)
+
+
+def _statistics(folder: Path, channels: int) -> tuple[Reference, Sets | None]:
+    """Statistics of all real data and of its named sets."""
+    real = load_file(folder / STATISTICS)
+
+    def one(prefix: str) -> Reference:
+        mean, covariance = real[f"{prefix}mean"], real[f"{prefix}covariance"]
+        if mean.shape != (channels,) or covariance.shape != (channels, channels):
+            raise ValueError("features and reference differ in size")
+        return Reference(mean, covariance, int(real[f"{prefix}count"]))
+
+    if not (folder / SETS).is_file():
+        return one(""), None
+    listed = _Listed.model_validate_json((folder / SETS).read_bytes())
+    references = {name: one(f"{name}/") for name in listed.sets}
+    return one(""), Sets(listed.argument, listed.sets, references)
 
 
 class _AsGiven(nn.Module):
@@ -149,8 +238,12 @@ def fid_difference(
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
-    """Relative L2 error of each sample: |found - wanted| / |wanted|, shape (n,)."""
-    error = (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    """Relative L2 error of each sample: |found - wanted| / |wanted|, shape (n,).
+
+    0 where both are 0: a sample of which inpainting draws nothing.
+    """
+    size = wanted.flatten(1).norm(dim=1).clamp_min(1e-12)
+    error = (found - wanted).flatten(1).norm(dim=1) / size
     return error.double().cpu().numpy()
 
 

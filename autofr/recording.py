@@ -13,6 +13,7 @@ from torch import nn
 from autofr.clock import Clock, Listener, bare_scheduler, solver_steps
 from autofr.points import Given, Pipe, experts, timestep_of
 
+STEADY = 0.01  # share of elements that may be overwritten at one of two steps alone
 Revise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(score that the scheduler is about to get, its sample) -> the score that it gets instead."""
 
@@ -30,9 +31,11 @@ class Call(NamedTuple):
 class Tape:
     """What a recorded run did.
 
-    `steps` maps each pass of the loop to its solver step; `scores` and `latents` are what the
-    scheduler got and gave at each pass, `first_latents` what it began with; `scheduler` is a copy
-    of it as it stood then, `others` the further arguments of its last step.
+    `steps` maps each pass of the loop to its solver step; `begin` is the pass that ran first: a
+    later one in pipes that start from a picture. `scores` and `latents` are what the scheduler got
+    and gave at each pass that ran, `first_latents` what it began with; `scheduler` is a copy of it
+    as it stood then, `others` the further arguments of its last step. `changed` are the first and
+    the last latents that were not what the scheduler had given, as (given, made of it).
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -42,6 +45,29 @@ class Tape:
     steps: list[int] = field(default_factory=list)
     scheduler: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
+    begin: int = 0
+    changed: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def ran(self) -> list[int]:
+        """The solver step of each pass that ran."""
+        return self.steps[self.begin : self.begin + len(self.scores)]
+
+    def drawn(self) -> torch.Tensor | None:
+        """Where the pipe goes on with what the scheduler gave, (n, ...) of bools; None: everywhere.
+
+        Inpainting puts the picture's own latents, noised, over all else after every step: what the
+        network says there is lost. Only what is overwritten at the same places in the first and in
+        the last step counts; a blend that takes a part of both is taken for overwritten.
+        """
+        if not self.changed or any(given.shape != made.shape for given, made in self.changed):
+            return None
+        first, last = (
+            given.to(made.dtype) == made for given, made in (self.changed[0], self.changed[-1])
+        )
+        kept = first & last
+        steady = float((first != last).float().mean()) <= STEADY
+        return kept if steady and bool(kept.any()) and not bool(kept.all()) else None
 
     def passes(self) -> dict[int, list[Call]]:
         """The calls of each pass of the loop: several where guidance branches are split."""
@@ -52,6 +78,8 @@ class Tape:
 
 
 class _Recorder(Listener):
+    clock: Clock
+
     def __init__(self, pipe: Pipe, revise: Revise | None) -> None:
         self.tape = Tape()
         self._pipe, self._revise = pipe, revise
@@ -64,8 +92,11 @@ class _Recorder(Listener):
     ) -> torch.Tensor:
         self.tape.others = others
         if not self.tape.latents:
+            self.tape.begin = self.clock.index
             self.tape.first_latents = sample
             self.tape.scheduler = bare_scheduler(self._pipe.scheduler)
+        elif sample is not self.tape.latents[-1]:
+            self.tape.changed[1:] = [(self.tape.latents[-1], sample)]
         if self._revise:
             score = self._revise(score, sample)
         self.tape.scores.append(score)
@@ -102,7 +133,7 @@ def record(
     """
     recorder = _Recorder(pipe, revise)
     tape = recorder.tape
-    clock = Clock(pipe.scheduler, recorder)
+    clock = recorder.clock = Clock(pipe.scheduler, recorder)
 
     def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if clock.step is None:

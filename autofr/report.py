@@ -12,7 +12,7 @@ from torch import Tensor
 from autofr.errors import RunFolderError
 from autofr.memory import size
 from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, samples
-from autofr.policy import Fid
+from autofr.policy import Interval, Measured
 from autofr.profile_pictures import profile_pictures
 from autofr.profiling import Profile
 from autofr.result import Result
@@ -37,20 +37,27 @@ def headline(result: Result) -> str:
         f" {duration(measured.teacher_seconds)} ({speedup.value:.2f}x, 95 % interval"
         f" {speedup.low:.2f}–{speedup.high:.2f}{vain}); its latents differ from the unaccelerated"
         f" ones by {percent(exact(measured.trajectory_error.value))}"
-        f"{_fid_words(measured.fid) if measured.fid else ''}."
+        f"{_judged(measured)}."
     )
 
 
-def _fid_words(fid: Fid) -> str:
+def _judged(measured: Measured) -> str:
+    """What FID and alignment say of the images, in brackets."""
+    said = [
+        f"{one.title} {one.policy:.2f} against {one.teacher:.2f}: {_differs(one.difference)}"
+        for one in measured.judged
+    ]
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def _differs(change: Interval) -> str:
     """Say `no measurable difference` only where the interval of the difference contains 0."""
-    change = fid.difference
     verdict = "no measurable difference"
     if not change.low <= 0 <= change.high:
         word = "higher" if change.low > 0 else "lower"
         low, high = sorted((abs(change.low), abs(change.high)))
         verdict = f"{word} by {abs(change.value):.2g}, 95 % interval {low:.2g}–{high:.2g}"
-    fids = f"{fid.policy:.2f} against {fid.teacher:.2f}"
-    return f" (FID in {fid.features} {fids}: {verdict})"
+    return verdict
 
 
 def table(result: Result, predicted: str = "{} (predicted)") -> list[list[str]]:
@@ -114,10 +121,10 @@ def markdown(result: Result, folder: Path) -> None:
         "## Before and after": _links(folder, BEFORE_AFTER),
         "## Remarks": ["\n".join(f"- {remark}" for remark in result.remarks)],
         "## Results": [_rows(lines), LEGEND.format(reference=result.reference, fid=fid)],
-        "## The chosen policy on test seeds": [_rows(_final(result))],
+        "## The chosen policy on test seeds": [_rows(final_rows(result))],
         "## How to use it": [USAGE.format(pipeline=result.pipeline, steps=result.steps)],
         "## The profile": _links(folder, PROFILE),
-        "## Protocol": [_rows(_protocol(result)), f"```sh\n{result.command}\n```"],
+        "## Protocol": [_rows(protocol_rows(result)), f"```sh\n{result.command}\n```"],
     }
     parts = [[head, *filter(None, body)] for head, body in sections.items() if any(body)]
     text = "\n\n".join("\n\n".join(part) for part in parts)
@@ -146,18 +153,21 @@ def _verdict(result: Result) -> str:
     )
 
 
-def _final(result: Result) -> list[list[str]]:
+def final_rows(result: Result) -> list[list[str]]:
     """Numbers of the chosen policy on seeds that were used for nothing else."""
     measured = result.policy.measured
     if measured is None:
         return []
-    fids: list[list[str]] = []
-    if fid := measured.fid:
-        change = fid.difference
-        fids = [
-            [f"FID, teacher ({fid.features})", f"{fid.teacher:.2f}"],
-            [f"FID, policy ({fid.features})", f"{fid.policy:.2f}"],
-            ["FID, difference", f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"],
+    judged: list[list[str]] = []
+    for one in measured.judged:
+        change = one.difference
+        judged += [
+            [f"{one.title}, teacher", f"{one.teacher:.2f}"],
+            [f"{one.title}, policy", f"{one.policy:.2f}"],
+            [
+                f"{one.title}, difference",
+                f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})",
+            ],
         ]
     return [
         [f"{measured.samples} samples, seeds {measured.seeds}", "value (95 % interval)"],
@@ -167,7 +177,7 @@ def _final(result: Result) -> list[list[str]]:
         ],
         ["time per call, teacher", duration(measured.teacher_seconds)],
         ["time per call, policy", duration(measured.policy_seconds)],
-        *fids,
+        *judged,
         ["error of final latents to the teacher", percent(measured.trajectory_error)],
         ["PSNR to the teacher's images", f"{measured.psnr:.1f} dB"],
         ["error at low frequencies", percent(exact(measured.low_frequency_error))],
@@ -183,7 +193,7 @@ def _predicted(value: Any, write: Callable[[Any], str]) -> str:
     return "" if value is None else f"; predicted {write(value)}"
 
 
-def _protocol(result: Result) -> list[list[str]]:
+def protocol_rows(result: Result) -> list[list[str]]:
     """How the numbers were made."""
     policy = result.policy
     stages = [f"{name} {seconds:.0f} s" for name, seconds in result.stage_seconds.items()]

@@ -187,7 +187,10 @@ def compose(
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (n, 3, h, w) in [0, 1] on the CPU and final latents (n, c, h, w) of some seeds."""
+    """Images (n, 3, h, w) in [0, 1] on the CPU and final latents (n, c, h, w) of some seeds.
+
+    Latents are 0 where the pipe puts those of a picture instead (inpainting).
+    """
 
     images: torch.Tensor
     latents: torch.Tensor
@@ -227,4 +230,7 @@ def draw(pipe: Pipe, seeds: Sequence[int], steps: int) -> Samples:
         ).images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
     # Some pipelines carry the latents of both guidance branches along; the first half is drawn.
-    return Samples(pixels, tape.latents[-1][: len(seeds)].float().cpu())
+    latents, drawn = tape.latents[-1][: len(seeds)], tape.drawn()
+    if drawn is not None:
+        latents = latents * drawn[: len(seeds)]
+    return Samples(pixels, latents.float().cpu())

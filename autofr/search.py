@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from autofr import baselines, correction, guidance
+from autofr.alignment import NOBODY, Judge
 from autofr.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
 from autofr.choose import Chooser
-from autofr.compare import conclude, policy_row, solver_row
+from autofr.compare import conclude, part, policy_row, shared, solver_row
 from autofr.decode import Decoded, Frame, decode, fastest_seconds, guesses
 from autofr.errors import AutofrError, BudgetError, MeasurementError
-from autofr.evaluate import Candidate, Evaluator, check_steps, other_solvers
+from autofr.evaluate import Candidate, Evaluator, check_runs, check_steps, other_solvers
 from autofr.families import discover
 from autofr.memory import size
 from autofr.planner import out_of_reach
@@ -25,11 +26,12 @@ from autofr.points import Pipe, find_denoiser
 from autofr.policy import Guidance, Measured, Provenance
 from autofr.profiling import Profile, profile
 from autofr.profiling import load as load_profile
-from autofr.quality import Features
 from autofr.result import Result, Row
 from autofr.sampler import Samples, compose
 from autofr.space import largest_gap
+from autofr.start import Starts
 from autofr.study import STATE, Ledger, Record, Settings, dump, fixed
+from autofr.task import plain
 from autofr.verify import Verdict, test
 
 OnProgress = Callable[[str, int, int], None]
@@ -55,7 +57,7 @@ class Search:
     pipe: Pipe
     settings: Settings
     folder: Path
-    features: Features | None = None
+    judge: Judge = NOBODY
     on_progress: OnProgress = lambda stage, done, total: None
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -96,7 +98,7 @@ class Search:
             rows,
             policy,
             self.stage_seconds,
-            self._notes,
+            [*part(self._costs, settings.steps, policy), *shared(self.pipe), *self._notes],
         )
         return Outcome(result, self._profile, *samples)
 
@@ -104,17 +106,18 @@ class Search:
 
     def _prepare(self) -> None:
         """Refuse what cannot work, and measure what all trials need."""
-        steps = self.settings.steps
-        self._guidance = guidance.of(self.pipe)
+        steps, starts = self.settings.steps, Starts(self.pipe)
         check_steps(self.pipe, steps)
+        check_runs(starts, steps)
+        self._guidance = guidance.of(self.pipe, starts.short(3, steps))
         self._profile = self._timed("profile", self._measure_profile)
-        self._costs = self._profile.costs
+        self._costs = replace(self._profile.costs, first=starts)
         self._target = self.settings.budget.seconds_of(self._costs.teacher(steps))
         self._frame = self._new_frame(SAFETY * self._target)
         self._check_reach()
         if largest_gap(self.settings.space) > 1:
             self._timed("calibrate", lambda: self._calibration(steps))
-        self._solvers = other_solvers(self.pipe)
+        self._solvers = other_solvers(self.pipe, starts.short(2, steps))
         self._evaluator = self._timed("teacher", self._new_evaluator)
 
     def _measure_profile(self) -> Profile:
@@ -188,7 +191,7 @@ class Search:
             self.settings.seeds("validation"),
             self.settings.steps,
             self.settings.batch,
-            self.features,
+            self.judge.features,
             fine_seeds=self.settings.trial_seeds,
             on_progress=lambda done, total: self.on_progress("teacher", done, total),
         )
@@ -234,6 +237,8 @@ class Search:
         while ledger.waiting() or ledger.proposed() < settings.trials:
             self.on_progress("trials", ledger.finished(), len(rows) + settings.trials)
             if settings.time_limit and time.monotonic() - began > settings.time_limit:
+                break
+            if settings.deadline is not None and time.monotonic() > settings.deadline:
                 break
             trial = ledger.ask()
             try:
@@ -291,7 +296,7 @@ class Search:
         chosen = replace(verdict.found, name="chosen", group="chosen")
         row = policy_row(chosen, self._choice.score(chosen), evaluator, costs)
         rows.append(row.model_copy(update={"speedup": verdict.timing.ratio}))
-        affordable = max(2, int((self._target - costs.fixed) / costs.key))
+        affordable = max(2, costs.affordable(self._target, n))
         for done, (name, scheduler) in enumerate(self._solvers.items()):
             self.on_progress("table", len(FRONT) + done, len(FRONT) + len(self._solvers))
             with self._optional(f"{name}, {affordable} steps"):
@@ -336,7 +341,7 @@ class Search:
             seeds=self.settings.seeds("test"),
             steps=self.settings.steps,
             batch=self.settings.batch,
-            features=self.features,
+            judge=self.judge,
             on_progress=lambda done, total: self.on_progress("test", done, total),
             predicted_bytes=self._frame.memory.of(policy.steps, policy.masks, policy.mix),
         )
@@ -345,6 +350,7 @@ class Search:
         return Provenance(
             autofr=importlib.metadata.version("autofr"),
             command=self.settings.command,
+            call=plain(self.pipe),
             space=self.settings.space.name,
             study=self.folder.name,
             trials=trials,

@@ -38,7 +38,8 @@ class Settings:
 
     `inputs` is the digest of a task's inputs and `inputs_count` how many rows they are (0: drawn
     from noise alone); seed s draws row s modulo that. `max_memory` limits the bytes kept on the
-    device.
+    device. No trial starts `time_limit` seconds after the first, nor after the moment `deadline` of
+    `time.monotonic()`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Settings:
     seed: int = 0
     trials: int = 20
     time_limit: float | None = None
+    deadline: float | None = None
     calibration_seeds: int = 8
     trial_seeds: int = 16
     validation_seeds: int = 40

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,8 @@ Inputs = Sequence[Mapping[str, Any]]
 
 OWN = ("num_inference_steps", "generator", "output_type", "batch_size", "return_dict")
 OPTIONS = {"num_inference_steps": "--steps", "batch_size": "--batch", "generator": "--seed"}
+EACH = ("prompt", "negative_prompt", "class_labels")
+"""What pipelines take one of for each sample that a call draws, shared or not."""
 STARTS = ("image", "mask_image", "control_image")
 FROM_VIDEOS = ("VideoToVideo", "Video2Video")
 FROM_IMAGES = (
@@ -90,15 +92,16 @@ class Task:
     ) -> Any:
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         seeds = [g.initial_seed() if g is not None else i for i, g in enumerate(generators)]
-        rows = [self._inputs[seed % len(self._inputs)] for seed in seeds]
-        given: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        rows = [self.row(seed) for seed in seeds]
+        each = {*self._inputs[0], *EACH} & rows[0].keys()
+        given: dict[str, Any] = {name: [row[name] for row in rows] for name in each}
         if generator is not None:
             given["generator"] = generators
         if batch_size == 1:  # some pipelines take no lists
             given = {name: values[0] for name, values in given.items()}
-        given |= self._call
+        given |= {name: value for name, value in self._call.items() if name not in each}
         if "class_labels" in given:
-            given["class_labels"] = list(np.atleast_1d(given["class_labels"]).tolist())
+            given["class_labels"] = np.ravel(given["class_labels"]).tolist()
         own = {
             "num_inference_steps": num_inference_steps,
             "output_type": output_type,
@@ -135,10 +138,25 @@ class Task:
         return len(self._inputs) if self._inputs[0] else 0
 
     @property
+    def call(self) -> dict[str, Any]:
+        """The arguments that all calls share."""
+        return dict(self._call)
+
+    def row(self, seed: int) -> dict[str, Any]:
+        """The arguments that a seed is drawn with, shared ones among them."""
+        return self._inputs[seed % len(self._inputs)] | self._call
+
+    @property
     def digest(self) -> str:
         """Hash of inputs and shared arguments: runs with other ones are other runs."""
         text = json.dumps([self._inputs, self._call], sort_keys=True, default=_digest)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def plain(pipe: Pipe) -> dict[str, Any]:
+    """Arguments that all calls of a pipe share, without pictures and the like."""
+    given = getattr(pipe, "call", {})
+    return {name: value for name, value in given.items() if isinstance(value, str | int | float)}
 
 
 def _digest(value: Any) -> str:
@@ -173,8 +191,8 @@ def as_task(
 ) -> Pipe:
     """Return a pipe that can be called by seeds: the pipe itself if it can, else a `Task`.
 
-    Without inputs, prompts of our own or all class labels are drawn from. An image to start from
-    may stand in `call`; every sample is then given it.
+    Without inputs, prompts of our own or the class labels are drawn from: those that the pipe
+    names, or all. An image to start from may stand in `call`; every sample is then given it.
     Raises: TaskError when the pipe needs more than that (an image to start from).
     """
     known = inspect.signature(pipe.__call__).parameters
@@ -184,8 +202,7 @@ def as_task(
             raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
         return Task(pipe, [{}], call) if call else pipe
     starts = {name: call.pop(name) for name in STARTS if name in call}
-    if not inputs:
-        _check_starts(pipe, known, starts)
+    _check_starts(pipe, known, {*starts, *(inputs[0] if inputs else ())})
     rows = inputs or _drawn(pipe, known) or ([{}] if starts else [])
     if not rows:
         raise TaskError(
@@ -195,13 +212,13 @@ def as_task(
     return Task(pipe, [{**row, **starts} for row in rows], call)
 
 
-def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Container[str]) -> None:
     """Refuse a pipe whose images to start from are not all given.
 
     Raises: TaskError saying how they are.
     """
     name = name_of(pipe)
-    if "video" in known and any(word in name for word in FROM_VIDEOS):
+    if "video" in known and "video" not in given and any(word in name for word in FROM_VIDEOS):
         raise TaskError(
             f"{name} starts from a video, which the command line does not read: search from"
             " Python, with autofr.Task(pipe, [{'video': frames}])"
@@ -223,7 +240,7 @@ def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Mapping[str, Any]
 def _drawn(pipe: Pipe, known: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is drawn when nothing is given: all class labels, or prompts of our own."""
     if "class_labels" in known:
-        return [{"class_labels": label} for label in range(_labels(pipe))]
+        return [{"class_labels": label} for label in _labels(pipe)]
     return [{"prompt": prompt} for prompt in PROMPTS] if "prompt" in known else []
 
 
@@ -233,11 +250,15 @@ def _needed(pipe: Pipe, parameter: inspect.Parameter) -> bool:
     return required or any(word in name_of(pipe) for word in FROM_IMAGES)
 
 
-def _labels(pipe: Pipe) -> int:
+def _labels(pipe: Pipe) -> Sequence[int]:
+    """The classes that the pipe names, or as many as the denoiser has."""
+    named = getattr(pipe, "labels", None)
+    if named:
+        return sorted({*named.values()})
     config = find_denoiser(pipe).config
     for name in ("num_embeds_ada_norm", "num_class_embeds"):
         if config.get(name):
-            return int(config[name])
+            return range(int(config[name]))
     raise ModelError("the denoiser's configuration does not say how many classes it has")
 
 

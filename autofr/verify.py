@@ -6,17 +6,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from autofr.alignment import Alignment, Judge, prompts_of
 from autofr.errors import BudgetError, MeasurementError
-from autofr.evaluate import Candidate, draw_all, interval
+from autofr.evaluate import Candidate, draw_all, interval, latent_errors
 from autofr.latency import Paired, paired
 from autofr.mix import executed
 from autofr.points import Pipe, device_of, dtype_of
-from autofr.policy import Fid, Interval, Measured, Policy
+from autofr.policy import Fid, Interval, Measured, Policy, TextAlignment
 from autofr.profiling import device_name, versions
-from autofr.quality import Features, band_errors, fid_difference, psnr, relative_error
+from autofr.quality import Features, band_errors, fid_difference, psnr
 from autofr.sampler import Samples, apply, draw, remove, reuse
 from autofr.study import Record, Settings
 
@@ -63,13 +65,13 @@ def time_policy(
     def before(which: int) -> None:
         apply(pipe, policy) if which else remove(pipe)
 
-    def call() -> Samples:
-        return draw(pipe, range(batch), steps)
-
+    # A pipe that starts from a picture counts its steps itself: it is asked for the policy's own.
+    counts = steps, policy.sampler.num_inference_steps
+    first, second = (partial(draw, pipe, range(batch), count) for count in counts)
     try:
         return paired(
-            call,
-            call,
+            first,
+            second,
             device=device_of(pipe),
             before=before,
             on_pair=on_pair,
@@ -150,7 +152,7 @@ def test(
     seeds: Sequence[int],
     steps: int,
     batch: int,
-    features: Features | None,
+    judge: Judge,
     on_progress: Callable[[int, int], None],
     predicted_bytes: int | None = None,
 ) -> tuple[Measured, tuple[Samples, Samples]]:
@@ -161,14 +163,19 @@ def test(
     """
     total = 2 * len(seeds)
 
-    def one(some: Sequence[int]) -> Samples:
-        return draw(pipe, some, steps)
+    def one(count: int, some: Sequence[int]) -> Samples:
+        return draw(pipe, some, count)
 
-    teacher = draw_all(one, seeds, batch, lambda done, _: on_progress(done, total))
+    teacher = draw_all(partial(one, steps), seeds, batch, lambda done, _: on_progress(done, total))
     with reuse(pipe, policy) as patch:
-        found = draw_all(one, seeds, batch, lambda done, _: on_progress(len(seeds) + done, total))
+        found = draw_all(
+            partial(one, policy.sampler.num_inference_steps),
+            seeds,
+            batch,
+            lambda done, _: on_progress(len(seeds) + done, total),
+        )
         kept_bytes = patch.run.peak_bytes
-    error = interval(relative_error(found.latents, teacher.latents))
+    error = interval(latent_errors(found.latents, teacher.latents))
     if error.value > 1:
         raise MeasurementError(
             f"the policy's latents differ from the teacher's by {100 * error.value:.0f} % on the"
@@ -187,7 +194,8 @@ def test(
         versions=versions(),
         samples=len(seeds),
         seeds=f"{seeds[0]} to {seeds[-1]}",
-        fid=_fid(features, teacher, found) if features else None,
+        fid=_fid(judge.features, teacher, found) if judge.features else None,
+        alignment=_aligned(judge.alignment, prompts_of(pipe, seeds), teacher, found),
         trajectory_error=error,
         psnr=psnr(found.images, teacher.images),
         low_frequency_error=low,
@@ -206,4 +214,18 @@ def _fid(features: Features, teacher: Samples, found: Samples) -> Fid:
         teacher=features.fid(theirs),
         policy=features.fid(ours),
         difference=Interval(value=value, low=low, high=high),
+    )
+
+
+def _aligned(
+    alignment: Alignment | None, prompts: Sequence[str] | None, teacher: Samples, found: Samples
+) -> TextAlignment | None:
+    if alignment is None or prompts is None:
+        return None
+    theirs, ours = (alignment(samples.images, prompts) for samples in (teacher, found))
+    return TextAlignment(
+        towers=alignment.name,
+        teacher=float(theirs.mean()),
+        policy=float(ours.mean()),
+        difference=interval(ours - theirs),
     )

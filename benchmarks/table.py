@@ -15,27 +15,31 @@ from autofr.report import load_result
 from autofr.result import Result
 
 RESULTS = Path(__file__).parents[1] / "results"
-RUNS = ("ldm4-1.5x", "ldm4-2x", "ldm4-3x")
+RUNS = (
+    "ldm4-1.5x", "ldm4-2x", "ldm4-3x", "dit-1.5x", "dit-2x", "sd-1.5x", "sd-2x",
+    "sd-img2img-2x", "sd-inpaint-2x",
+)  # fmt: skip
 KINDS = {"fewer steps": "fewer steps", "DeepCache": "deepcache", "FRDiff": "frdiff"}
 HEAD = (
-    "budget", "measured speed-up", "error, test seeds", "PSNR", "FID policy / teacher",
+    "run", "measured speed-up", "error, test seeds", "PSNR", "FID policy / teacher",
     "same table: policy", *KINDS,
 )  # fmt: skip
 
 
 def text() -> str:
     """The table in Markdown."""
-    lines = [HEAD, ("---",) * len(HEAD), *(_line(load_result(RESULTS / run)) for run in RUNS)]
+    found = (_line(run, load_result(RESULTS / run)) for run in RUNS)
+    lines = [HEAD, ("---",) * len(HEAD), *found]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("| --- ", "|---")
 
 
-def _line(result: Result) -> tuple[str, ...]:
+def _line(run: str, result: Result) -> tuple[str, ...]:
     measured = result.policy.measured
     assert measured is not None and measured.fid is not None
     gain, error, fid = measured.speedup, measured.trajectory_error, measured.fid
     chosen = next(row for row in result.rows if row.group == "chosen")
     return (
-        result.budget,
+        f"`{run}`",
         f"{gain.value:.2f}x ({gain.low:.2f} to {gain.high:.2f})",
         f"{error.value:.4f} ({error.low:.4f} to {error.high:.4f})",
         f"{measured.psnr:.1f} dB",

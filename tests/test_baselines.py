@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from autofr.baselines import (
 )
 from autofr.calibration import candidate_masks
 from autofr.families import discover
-from autofr.latency import Costs
+from autofr.latency import Costs, whole
 from autofr.mix import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -133,3 +135,36 @@ def test_models_without_a_family_of_points_lack_its_rows():
     """Without FRDiff points or cuts only fewer steps are left."""
     drafts = published({"attn": ("a#attn",)}, Costs(1.0, 0.0, 0.0, {}), 12, 6.0)
     assert {draft.group for draft in drafts} == {"fewer steps"}
+
+
+@laws
+@given(st.integers(2, 60), st.floats(0.2, 1), st.integers(1, 6))
+def test_schedules_begin_with_the_first_step_that_runs(steps, strength, interval):
+    """Where a call leaves out steps, a schedule counts and costs the others alone."""
+    costs = Costs(1.0, 0.1, 0.5, {"m": 0.4}, first=left_out(strength))
+    first = costs.first(steps)
+    later = uniform("u", "frdiff", steps, interval, "m", first=first)
+    alone = uniform("u", "frdiff", steps - first, interval, "m")
+    assert later.steps == ("key",) * first + alone.steps
+    assert later.seconds(costs) == pytest.approx(alone.seconds(replace(costs, first=whole)))
+
+
+@laws
+@given(st.integers(2, 60), st.floats(0.2, 1), st.floats(1.01, 8))
+def test_fewer_steps_are_those_of_a_call_that_starts_at_the_same_strength(steps, strength, speedup):
+    """The most steps that fit are a row; every row runs something, and costs what it runs."""
+    costs = Costs(0.02, 0.0, 0.01, {}, first=left_out(strength))
+    seconds = costs.teacher(steps) / speedup
+    drafts = published({}, costs, steps, seconds)
+    for draft in drafts:
+        count = len(draft.steps)
+        assert draft.seconds(costs) == pytest.approx(0.01 + 0.02 * int(count * strength))
+        assert int(count * strength) > 0
+    fitting = [n for n in range(1, steps) if costs.teacher(n) <= seconds * (1 - 1e-9)]
+    if fitting and costs.runs(max(fitting)):
+        assert max(fitting) in [len(draft.steps) for draft in drafts]
+
+
+def left_out(strength):
+    """How many steps StableDiffusionImg2ImgPipeline leaves out."""
+    return lambda steps: steps - int(steps * strength)

@@ -24,13 +24,13 @@ from folders import write
 from PIL import Image
 from test_search import STEPS, few_rows, settings, tiny_pipe, tiny_unet, work_clock
 
-from autofr import cli, console, job, study
+from autofr import cli, console, job, loading, study, zoo
 from autofr.cli import app, main
 from autofr.console import progress
 from autofr.errors import AutofrError, BudgetError, MeasurementError
 from autofr.families import discover
 from autofr.mix import Constant
-from autofr.policy import Policy, load
+from autofr.policy import Policy, Provenance, load
 from autofr.report import load_result
 from autofr.sampler import compose
 
@@ -246,10 +246,10 @@ def test_a_bad_choice_is_answered_with_the_good_ones(
 
 def test_cores_are_counted_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """Systems that do not say which cores a process may use are asked how many there are."""
-    assert cli._cores() == len(os.sched_getaffinity(0))
+    assert loading.cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert cli._cores() == 7
+    assert loading.cores() == 7
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -588,9 +588,54 @@ def test_progress_on_a_terminal_is_a_bar_a_stage(monkeypatch: pytest.MonkeyPatch
 
 def test_models_are_listed() -> None:
     """The table and the JSON name the bundled models."""
-    assert "ldm4" in autofr("models").out
+    ran = autofr("models")
+    assert ran.code == 0 and "ldm4" in ran.out
     rows = json.loads(autofr("models", "--json").out)
-    assert [row["name"] for row in rows] == ["ldm4"] and rows[0]["steps"] == 50
+    assert [row["name"] for row in rows] == [*zoo.installed()] and rows[0]["steps"] == 50
+
+
+def test_models_that_are_not_there_are_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout without any says so; one with some lists these, with task and call."""
+    monkeypatch.setattr(zoo, "HERE", tmp_path)
+    ran = autofr("models")
+    assert ran.code == 0 and "no model is bundled" in ran.out
+    (tmp_path / "sd").mkdir()
+    for name in ("model_index.json", "img2img.jsonl"):
+        (tmp_path / "sd" / name).write_text("{}", encoding="utf-8")
+    (row,) = json.loads(autofr("models", "--json").out)
+    assert (row["name"], row["tasks"]) == ("sd", "img2img")
+    assert row["call"].startswith("guidance_scale=")
+
+
+def test_a_task_is_in_the_name_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searches for several tasks of one model do not meet in one folder."""
+    write("sd", tmp_path / "tiny")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "tiny", "--task", "img2img", "--call", "image=cat.png", "--dry-run"]
+    ran = autofr("search", "--budget", "2x", *words, *FEW)
+    assert ran.code == 0, ran
+    assert f"folder: {Path('results') / 'tiny-img2img-2x'} " in ran.out
+    assert "StableDiffusionImg2ImgPipeline" in ran.out
+    refused(autofr("search", *words[:4], *FEW), "starts from image", "--inputs")
+    refused(autofr("search", *words[:3], "video", *FEW), "text2img")
+
+
+def test_sample_draws_the_prompts_of_the_command(tmp_path: Path) -> None:
+    """`--prompt` may be given again and again; what is drawn depends on it."""
+    write("sd", tmp_path / "tiny")
+    words = ["--model", tmp_path / "tiny", "-n", 2, "--steps", 2, "--threads", 1]
+    pictures = []
+    for prompts in (["red apple"], ["red apple", "blue car"], ["red apple", "red apple"]):
+        given = [word for prompt in prompts for word in ("--prompt", prompt)]
+        ran = autofr("sample", *words, *given, "--out", tmp_path / "some.png")
+        assert ran.code == 0, ran
+        pictures.append((tmp_path / "some.png").read_bytes())
+    assert pictures[0] == pictures[2] != pictures[1]
 
 
 def test_show_names_keyframes_and_masks(policy: Path) -> None:
@@ -627,6 +672,29 @@ def test_show_has_a_letter_for_every_mask(policy: Path) -> None:
     strip = console.words(Policy(**many))[2].split()[1]
     assert len(strip) == 71 and strip.isascii() and strip.isprintable()
     assert strip.count("K") == 1 and len(set(strip[1:62])) == 61 and strip[62:] == "?" * 9
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "said"),
+    [
+        ({}, {"guidance_scale": 5.0}, None),  # an older policy does not say
+        ({"guidance_scale": 3.0}, {"guidance_scale": 3.0}, None),
+        ({"guidance_scale": 3.0}, {"guidance_scale": 5.0}, "guidance_scale=5.0"),
+        ({"guidance_scale": 3.0}, {}, "none of them"),
+    ],
+)
+def test_other_calls_than_those_of_the_search_are_noticed(
+    policy: Path, made: dict, used: dict, said: str | None
+) -> None:
+    """A policy that was searched for one guidance scale is not measured at another in silence."""
+    found = load(policy)
+    provenance = Provenance(
+        autofr="0", command="", call=made, space="", study="", trials=0, seconds=0.0, date=""
+    )
+    notice = console.other_call(found.model_copy(update={"provenance": provenance}), used)
+    assert (notice is None) == (said is None)
+    if said:
+        assert notice is not None and said in notice and "guidance_scale=3.0" in notice
 
 
 def test_show_tells_what_was_measured(searched: tuple[Path, Ran]) -> None:

@@ -175,7 +175,7 @@ def test_batches_are_corrected_together(pipe, solver):
     before = policy(pipe, PLANS[0])
     teacher = trajectory(pipe, SEEDS, N)
     split = trajectory(pipe, SEEDS, N, batch=1)
-    assert [seeds for seeds, _ in split.parts] == [(seed,) for seed in SEEDS]
+    assert [path.seeds for path in split.parts] == [(seed,) for seed in SEEDS]
     old, whole, parts = (
         distances(pipe, one, teacher)[-1]
         for one in (before, correct(pipe, before, teacher), correct(pipe, before, split))

@@ -61,6 +61,7 @@ def test_a_search_leaves_everything_in_its_folder(done: Done) -> None:
     """Policy, profile, result, report and trials lie there, whole, and belong together."""
     names = {path.name for path in done.folder.iterdir()}
     assert names >= {"policy.json", "profile.json", "result.json", "report.md", "trials.csv"}
+    assert names >= {"report.html", "before.png", "after.png"}
     assert not any(name.endswith(".part") for name in names)
     assert load(done.folder / "policy.json") == done.result.policy
     assert load_result(done.folder) == done.result

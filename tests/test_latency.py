@@ -142,21 +142,34 @@ def test_an_unknown_step_has_no_cost():
 
 
 @laws
-@given(*[st.floats(0.01, 10)] * 2, st.floats(0, 0.01), st.floats(0.01, 0.99), st.integers(3, 60))
-def test_measured_costs_are_the_parts_of_the_call(network, fixed, jump, share, steps):
-    """On a machine whose calls are a sum of parts, measuring recovers every part."""
+@given(
+    *[st.floats(0.01, 10)] * 2,
+    st.floats(0, 0.01),
+    st.floats(0.01, 0.99),
+    st.integers(3, 60),
+    st.sampled_from([0, 0, 1, 5]),
+)
+def test_measured_costs_are_the_parts_of_the_call(network, fixed, jump, share, steps, left_out):
+    """On a machine whose calls are a sum of parts, measuring recovers every part.
+
+    Steps that a call leaves out cost nothing, and the first one that runs is computed.
+    """
     clock = Clock()
     part = {"key": network + jump, "jump": jump}
+    steps += left_out
 
     def call(names):
-        clock.takes(fixed + sum(part[name] for name in names))
+        clock.takes(fixed + sum(part[name] for name in ["key", *names[left_out + 1 :]]))
 
     def evaluate(name):
         clock.takes(network if name == "key" else share * network)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "time", clock)
-        costs = measure_costs(call, evaluate, steps, ["m"])
+        costs = measure_costs(
+            call, evaluate, steps, ["m"], first=lambda steps: left_out, few=2 + left_out
+        )
+    assert costs.teacher(steps) == pytest.approx(fixed + (steps - left_out) * (network + jump))
     assert costs.key == pytest.approx(network + jump)
     assert costs.jump == pytest.approx(jump, abs=1e-9)
     assert costs.fixed == pytest.approx(fixed, abs=1e-9)

@@ -24,12 +24,12 @@ from test_cli import autofr, refused
 from test_correction import table
 from test_search import few_rows, settings, work_clock
 
-from autofr import guidance, job, profile_pictures, report, sampler, zoo
+from autofr import guidance, job, profile_pictures, report, sampler, search, zoo
 from autofr.calibration import calibrate, candidate_masks
-from autofr.clock import solver_steps
+from autofr.clock import bare_scheduler, solver_steps
 from autofr.correction import correct, trajectory
 from autofr.errors import BudgetError, ModelError, PolicyError, TaskError
-from autofr.evaluate import other_solvers, solver
+from autofr.evaluate import latent_errors, other_solvers, solver
 from autofr.families import discover
 from autofr.held import forms
 from autofr.latency import Costs
@@ -40,6 +40,7 @@ from autofr.points import experts, find_denoiser
 from autofr.policy import Policy, load
 from autofr.recording import record
 from autofr.sampler import Samples
+from autofr.start import Starts
 from autofr.task import Task, as_task, read_inputs
 
 N, SEEDS = 6, (0, 1)
@@ -349,6 +350,7 @@ SOLVERS: dict[str, Any] = {
     "heun": diffusers.HeunDiscreteScheduler,
     "dpmpp": diffusers.DPMSolverMultistepScheduler,
 }
+HALVES = np.array([0, 255], np.uint8)  # the picture's right half is drawn anew
 PASSES = {"ddim": 3, "pndm": 4, "euler": 3, "heun": 5, "dpmpp": 3}  # with six tenths of the noise
 
 
@@ -362,7 +364,7 @@ def from_picture(pipe: Any, kind: str) -> Task:
     """Image-to-image or inpainting with the same components, from six tenths of the noise."""
     rows = [{"prompt": f"a cat {i}", "image": picture(i)} for i in range(2)]
     if kind == "inpaint":
-        mask = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (2 * SIZE, SIZE)))
+        mask = Image.fromarray(np.tile(np.repeat(HALVES, SIZE), (2 * SIZE, 1)))
         rows = [{**row, "mask_image": mask} for row in rows]
     classes = {
         "img2img": diffusers.StableDiffusionImg2ImgPipeline,
@@ -677,10 +679,208 @@ def test_plans_let_each_expert_begin_with_a_keyframe(task_of: Load) -> None:
     assert ways >= 3
 
 
-def test_the_part_of_a_run_is_not_planned(pipe_of: Load) -> None:
-    """A run from the middle shows too little to plan from: it is said so, with the way out."""
+def test_a_run_that_ends_early_is_not_planned(pipe_of: Load) -> None:
+    """It shows too little to plan from: it is said so, with the way out."""
+    pipe = task("sdxl", pipe_of("sdxl"))
+    pipe._call["denoising_end"] = 0.5
     with pytest.raises(ModelError, match="search with whole runs"):
-        calibrate(from_picture(pipe_of("sd"), "img2img"), SEEDS, N, {}, max_gap=2)
+        calibrate(pipe, SEEDS, N, {}, max_gap=2)
+
+
+# -- runs from the middle -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_part_of_a_run_is_planned(pipe_of: Load, solver: str) -> None:
+    """Plans are of the steps that run, cost these alone, and a run computes what was planned."""
+    pipe = from_picture(with_solver(pipe_of("sd"), solver), "img2img")
+    masks = {"mask": masks_of(pipe)["mask"]}
+    starts = Starts(pipe)
+    first, passes = starts(N), PASSES[solver]
+    found = calibrate(pipe, SEEDS, N, masks, max_gap=4)
+    assert (found.first, found.asked) == (first, N)
+    costs = Costs(1.0, 0.0, 0.25, {"mask": 0.5}, first=starts)
+    planned = plan(found, costs, Rule(masks=("mask", "jump"), max_gap=4), costs.teacher(N) / 1.5)
+    assert planned.steps[: first + 1] == ("key",) * (first + 1) and len(planned.steps) == N
+    assert planned.seconds <= costs.teacher(N) / 1.5
+    late = [planned.steps[step] for step in solver_steps(pipe.scheduler)[-passes:]]
+    teacher = trajectory(pipe, SEEDS, N)
+    assert len(teacher.parts[0].latents) == passes
+    before = policy(pipe, planned.steps, planned.mix)
+    after = correct(pipe, before, teacher)
+    assert after.steps == before.steps
+    wanted, errors = drawn(pipe).latents, []
+    for one in (before, after):
+        with sampler.reuse(pipe, one) as patch:
+            errors.append(float((drawn(pipe).latents - wanted).norm()))
+        assert patch.counts == Counter(late)
+    assert errors[1] <= 1.05 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+@pytest.mark.parametrize("solver", ["ddim", "pndm", "dpmpp"])
+def test_the_planners_model_is_the_run(pipe_of: Load, kind: str, solver: str) -> None:
+    """From the first latents the scheduler alone, on the held scores, comes to what was drawn.
+
+    Under inpainting that holds where the pipe draws; elsewhere it puts the picture's own latents.
+    """
+    pipe = from_picture(with_solver(pipe_of("sd"), solver), kind)
+    with record(pipe) as tape:
+        found = drawn(pipe).latents
+    assert tape.begin == N - tape.steps[-1] - 1 + Starts(pipe)(N) + (solver == "pndm")
+    scheduler, latents = bare_scheduler(tape.scheduler), tape.first_latents
+    for index, score in enumerate(tape.scores):
+        time = scheduler.timesteps[tape.begin + index]
+        latents = scheduler.step(score, time, latents)[0]
+    kept = tape.drawn()
+    assert (kept is None) == (kind == "img2img")
+    torch.testing.assert_close(latents if kept is None else latents * kept, found)
+    rows = [pipe.row(seed) for seed in SEEDS]
+    final = pipe._pipe(
+        **{name: [row[name] for row in rows] for name in rows[0] if name not in pipe._call},
+        **pipe._call,
+        num_inference_steps=N,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+    ).images
+    inside = torch.ones_like(final, dtype=torch.bool) if kept is None else kept
+    assert torch.equal(final[inside], found[inside]) and not found[~inside].any()
+    if kept is not None:
+        assert 0.4 < float(kept.float().mean()) < 0.6
+
+
+def test_teacher_and_policy_start_from_the_same_noise(pipe_of: Load) -> None:
+    """A call noises its picture with the seed's generator: the same with a policy or without."""
+    pipe = from_picture(pipe_of("sd"), "img2img")
+    firsts = []
+    for steps in (KEYS, LATE, KEYS):
+        with sampler.reuse(pipe, policy(pipe, steps)), record(pipe) as tape:
+            drawn(pipe)
+        firsts.append(tape.first_latents)
+    with record(pipe) as tape:
+        drawn(pipe)
+    assert all(torch.equal(first, tape.first_latents) for first in firsts)
+    with record(pipe) as tape:
+        drawn(pipe, (1, 0))
+    assert not torch.equal(tape.first_latents, firsts[0])
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+def test_what_inpainting_overwrites_is_no_error(pipe_of: Load, solver: str) -> None:
+    """A wrong score there changes no bit of the images, and nothing that is planned with."""
+    pipe = from_picture(with_solver(pipe_of("sd"), solver), "inpaint")
+    with record(pipe) as tape:
+        right = drawn(pipe)
+    kept = tape.drawn()
+    assert kept is not None
+
+    def spoil(score: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        return torch.where(kept, score, 1 - 3 * score)
+
+    with record(pipe, revise=spoil):
+        assert same(drawn(pipe), right)
+    found = calibrate(pipe, SEEDS, N, {}, max_gap=2)
+    flat = torch.stack([(score * kept).flatten().double() for score in tape.scores])
+    np.testing.assert_allclose(found.teacher, (flat @ flat.T).numpy(), rtol=1e-3)
+    assert found.norm == pytest.approx(float(right.latents.double().square().sum()), rel=1e-5)
+
+
+def test_a_hole_that_vanishes_has_no_error(pipe_of: Load) -> None:
+    """A mask of which no latent is left draws nothing: that is right with any policy."""
+    pipe = from_picture(pipe_of("sd"), "inpaint")
+    none = np.zeros_like(np.asarray(pipe._inputs[0]["mask_image"]))
+    pipe._inputs[0]["mask_image"] = Image.fromarray(none)
+    wanted = drawn(pipe).latents
+    with sampler.reuse(pipe, policy(pipe, LATE)):
+        first, second = latent_errors(drawn(pipe).latents, wanted)
+    assert first == 0 < second < 1
+
+
+def test_a_single_step_of_inpainting_counts_where_it_draws(pipe_of: Load) -> None:
+    """It does not show what is overwritten after it; longer runs do."""
+    pipe = from_picture(pipe_of("sd"), "inpaint")
+    with record(pipe) as tape:
+        wanted = drawn(pipe).latents
+    kept = tape.drawn()
+    assert kept is not None and Starts(pipe).runs(2) == 1
+    found = drawn(pipe, steps=2).latents
+    inside = [
+        (one - other)[row].norm() / other[row].norm()
+        for one, other, row in zip(found, wanted, kept, strict=True)
+    ]
+    np.testing.assert_allclose(latent_errors(found, wanted), inside, rtol=1e-4)
+    assert bool(found[~kept].any())
+
+
+def test_a_shorter_policy_is_measured_in_its_own_calls(pipe_of: Load) -> None:
+    """Fewer steps of a pipe that counts its start itself are timed and tested as they are used."""
+    pipe = from_picture(pipe_of("sd"), "img2img")
+    short = policy(pipe, ("key",) * 4, replaces=N)
+    with work_clock():
+        measured = job.evaluate(pipe, short, SEEDS, 2)
+    assert measured.speedup.value > 1.2 and measured.trajectory_error.value > 0
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_a_search_finds_a_policy_for_a_part(
+    pipe_of: Load, tmp_path: Path, monkeypatch: Any, kind: str
+) -> None:
+    """A whole search, and the speed-ups that it tells are over the calls as they run."""
+    monkeypatch.setattr(report, "write", lambda *given: [])  # pictures take seconds
+    monkeypatch.setattr(search, "other_solvers", lambda *given: {})
+    pipe = from_picture(pipe_of("sd"), kind)
+    asked = settings(trials=1, steps=10, inputs=pipe.digest)
+    with work_clock(), few_rows():
+        result = job.run(pipe, asked, tmp_path / "run")
+    found = result.policy
+    assert found.steps[:5] == ("key",) * 5 and found.sampler.guidance == "batched"
+    teacher, *rows = result.rows
+    assert teacher.network_calls == 6 and all(row.network_calls < 6 for row in rows)
+    assert {row.name: row.network_calls for row in rows}["4 steps"] == 2
+    with sampler.reuse(pipe, found) as patch:
+        drawn(pipe, steps=len(found.steps))
+    assert sum(patch.counts.values()) == Starts(pipe).runs(len(found.steps))
+    assert any("6 run here" in line for line in result.remarks)
+    assert any("given guidance_scale=3.0, strength=0.6:" in line for line in result.remarks)
+
+
+def test_a_strength_that_leaves_nothing_to_reuse_is_refused(pipe_of: Load, tmp_path: Path) -> None:
+    """With the count of what would run, before any work."""
+    pipe = from_picture(pipe_of("sd"), "img2img")
+    for strength, count in ((0.01, "none"), (0.2, "1")):
+        pipe._call["strength"] = strength
+        for work in (
+            lambda folder: job.run(pipe, settings(steps=N, inputs=pipe.digest), folder),
+            lambda folder: job.profile(pipe, folder, N, 2, SEEDS),
+            lambda folder: job.evaluate(pipe, policy(pipe, KEYS), SEEDS, 2),
+        ):
+            with pytest.raises(ModelError, match=f"of {N} steps {count} would run.*strength"):
+                work(tmp_path / count)
+
+
+def test_what_fails_before_the_timesteps_is_no_start(pipe_of: Load, monkeypatch: Any) -> None:
+    """A pipe that cannot read its prompt is not said to have nothing to run."""
+    pipe = from_picture(pipe_of("sd"), "img2img")
+
+    def broken(*given: Any, **named: Any) -> None:
+        raise RuntimeError("no such word")
+
+    monkeypatch.setattr(pipe._pipe, "encode_prompt", broken)
+    with pytest.raises(RuntimeError, match="no such word"):
+        Starts(pipe)(N)
+
+
+@pytest.mark.parametrize("strength", [0.15, 0.5, 0.8, 1.0])
+def test_starts_are_told_as_the_pipe_counts(pipe_of: Load, strength: float) -> None:
+    """How many steps a call leaves out, and a short call that runs some, at any strength."""
+    pipe = from_picture(pipe_of("sd"), "img2img")
+    pipe._call["strength"] = strength
+    starts = Starts(pipe)
+    for steps in (20, 1, 3, 10, 20):
+        assert starts(steps) == steps - int(steps * strength)
+    for count in (2, 3, 12):
+        short = starts.short(count, 20)
+        assert count <= starts.runs(short) <= count + 1
 
 
 # -- other calls ----------------------------------------------------------------------------------

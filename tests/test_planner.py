@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from autofr import planner, sampler
 from autofr.calibration import Calibration
 from autofr.errors import BudgetError
 from autofr.latency import Costs
-from autofr.mix import Constant, HardSigmoid, Linear, Table
+from autofr.mix import Constant, HardSigmoid, Linear, Table, mix_row
 from autofr.planner import RIDGE, Rule, choices, front, plan
 
 laws = settings(deadline=None, max_examples=40, derandomize=True, database=None)
@@ -365,3 +366,40 @@ def test_a_plan_makes_a_policy_that_runs(pipe, mix, speedup):
     keys = found.steps.count("key")
     counts = {"key": keys, "jump": len(held), "mask": 6 - keys - len(held)}
     assert patch.counts == {kind: count for kind, count in counts.items() if count}
+
+
+# -- calls that start later -----------------------------------------------------------------------
+
+
+@laws
+@given(worlds, rules, st.integers(1, 5), st.floats(1.1, 2.5))
+def test_what_does_not_run_changes_no_plan(world, rule, first, speedup):
+    """A call that leaves out steps is planned as the rest alone, with keyframes before it."""
+    costs = replace(COSTS, first=lambda steps: first)
+    later = replace(world.calibration, first=first)
+    seconds = COSTS.teacher(len(world.teacher)) / speedup
+    assert costs.teacher(later.asked) / speedup == seconds
+    if not isinstance(rule.mix, str):  # a λ(t) is a function of the whole call's time
+        rule = replace(rule, mix="fit2")
+    try:
+        alone = plan(world.calibration, COSTS, rule, seconds)
+    except BudgetError as refusal:
+        with pytest.raises(BudgetError, match=re.escape(str(refusal))):
+            plan(later, costs, rule, seconds)
+        return
+    found = plan(later, costs, rule, seconds)
+    assert found.steps == ("key",) * first + alone.steps
+    assert found.mix.weights == ((),) * first + alone.mix.weights
+    assert (found.error, found.seconds) == (alone.error, alone.seconds)
+
+
+@laws
+@given(worlds, st.integers(1, 5))
+def test_the_time_of_a_mix_is_that_of_the_whole_call(world, first):
+    """λ(t) of a step that runs is what the policy's own mix gives there."""
+    mix = Linear(start=0.2, end=0.9)
+    later, n = replace(world.calibration, first=first), len(world.teacher)
+    table = choices(later, COSTS, Rule(("good",), mix=mix))
+    for step in range(1, n):
+        weights = table.weights[0, step, 0, 0]
+        assert weights[0] == pytest.approx(mix_row("good", mix, first + step, first + n)[0])

@@ -19,6 +19,7 @@ from autofr.policy import (
     Policy,
     Provenance,
     Sampler,
+    TextAlignment,
     load,
     loads,
     schema,
@@ -68,8 +69,8 @@ MEASURED = Measured(
     low_frequency_error=0.01, high_frequency_error=0.1, kept_bytes=1024,
 )  # fmt: skip
 PROVENANCE = Provenance(
-    autofr="0.1", command="autofr search", space="default", study="s", trials=3, seconds=1.0,
-    date="2025-01-01",
+    autofr="0.1", command="autofr search", call={"guidance_scale": 3.0, "strength": 1},
+    space="default", study="s", trials=3, seconds=1.0, date="2025-01-01",
 )  # fmt: skip
 
 families = st.one_of(
@@ -289,6 +290,19 @@ def test_many_errors_are_counted():
     """A file that is wrong everywhere gives a short message."""
     with pytest.raises(PolicyError, match="and 12 more"):
         loads(edited(**{f"x{i}": 1 for i in range(20)}))
+
+
+def test_files_from_before_alignment_load_and_new_ones_keep_it():
+    """Alignment is a field that may be missing; one that is there comes back."""
+    old = json.loads(policy(measured=MEASURED).model_dump_json())
+    del old["measured"]["alignment"]
+    assert loads(json.dumps(old)).measured.alignment is None
+    aligned = TextAlignment(
+        towers="mine", teacher=60.0, policy=61.0, difference=Interval(value=1.0, low=0.5, high=2.0)
+    )
+    new = policy(measured=MEASURED.model_copy(update={"alignment": aligned}))
+    assert loads(new.model_dump_json()) == new and new.digest == policy().digest
+    assert new.measured.judged == [MEASURED.fid, aligned]
 
 
 def test_the_schema_knows_every_field():

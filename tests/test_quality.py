@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_pipe
+from folders import dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from autofr.alignment import load_judge
 from autofr.errors import ModelError
 from autofr.quality import (
     Encoder,
     Features,
     Reference,
+    Sets,
     _frechet,
     band_errors,
     fid_difference,
@@ -23,7 +28,9 @@ from autofr.quality import (
     mean_interval,
     psnr,
     relative_error,
+    save_features,
 )
+from autofr.task import as_task
 
 laws = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 
@@ -107,17 +114,14 @@ def test_the_difference_has_the_sign_of_the_harm():
 # -- the extractor -------------------------------------------------------------------------------
 
 
-def write(folder, channels=4):
+def write(folder, sets=None, channels=4):
     """Feature files as they lie beside a model: half-precision weights, reference statistics."""
     torch.manual_seed(0)
     encoder = Encoder(channels).eval()
     with torch.no_grad():
         real = encoder(torch.rand(16, 3, 64, 64))
     one = Reference.of(real)
-    weights = {name: value.half() for name, value in encoder.state_dict().items()}
-    save_file(weights, folder / "features.safetensors")
-    statistics = {"mean": one.mean, "covariance": one.covariance, "count": torch.tensor(16)}
-    save_file(statistics, folder / "reference.safetensors")
+    save_features(folder, Features(encoder, one, "unnamed"), sets)
     return encoder, one
 
 
@@ -126,7 +130,7 @@ def test_feature_files_load(tmp_path):
     encoder, one = write(tmp_path)
     found = load_features(tmp_path)
     assert found.name == f"bundled {tmp_path.name} features"
-    assert found.reference.count == 16 and torch.equal(found.reference.mean, one.mean)
+    assert found.reference.count == 16 and torch.equal(found.reference.mean, one.mean.float())
     images = torch.rand(70, 3, 64, 64)
     given = found(images)
     assert given.shape == (70, 4) and not given.requires_grad
@@ -141,6 +145,76 @@ def test_a_model_without_feature_files_has_none(tmp_path):
     write(tmp_path)
     (tmp_path / "reference.safetensors").unlink()
     assert load_features(tmp_path) is None
+
+
+PARTS = {
+    "food": (["pizza", "bread", "apple"], noise(9, 4)),
+    "fruit": (["apple", "pear"], noise(8, 4, seed=1)),
+    "animals": (["cat", "dog", "bee"], noise(7, 4, seed=2)),
+}
+ASKED = {
+    "one value of one set": (["cat"], "animals"),
+    "all values of a set": (["pizza", "bread", "apple", "pizza"], "food"),
+    "a value of two sets": (["apple"], "fruit"),  # the smaller one
+    "values that only the larger has": (["apple", "bread"], "food"),
+    "values of two sets": (["pear", "cat"], None),
+    "a value of none": (["cat", "robot"], None),
+    "no rows": ([], None),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_the_smallest_set_that_has_all_inputs_is_the_reference(tmp_path, case):
+    """Samples are compared with real images of their own kind, and their name says so."""
+    _, whole = write(tmp_path, Sets.of("prompt", PARTS))
+    asked, name = ASKED[case]
+    found = load_features(tmp_path, [{"prompt": prompt, "height": 64} for prompt in asked])
+    wanted = Reference.of(PARTS[name][1]) if name else whole
+    assert found.reference.count == wanted.count
+    assert torch.equal(found.reference.mean, wanted.mean.float())
+    assert torch.equal(found.reference.covariance, wanted.covariance.float())
+    assert found.name == f"bundled {tmp_path.name} features" + (f", {name}" if name else "")
+
+
+def test_labels_name_their_set_as_well(tmp_path):
+    """Class labels are numbers, alone or in a list; rows that lack them are compared with all."""
+    write(tmp_path, Sets.of("class_labels", {"food": ([2, 5], noise(9, 4))}))
+    for rows, name in (
+        ([{"class_labels": 2}, {"class_labels": 5}], ", food"),
+        ([{"class_labels": [2, 5]}], ", food"),
+        ([{"class_labels": [2, 3]}], ""),
+        ([{"class_labels": 2}, {"prompt": "a pizza"}], ""),
+        ([{}], ""),
+    ):
+        found = load_features(tmp_path, rows)
+        assert found.name == f"bundled {tmp_path.name} features{name}"
+
+
+def test_inputs_of_a_task_choose_the_reference(tmp_path):
+    """What all calls share and what each seed draws choose alike, in the task's own words."""
+    write(tmp_path, Sets.of("class_labels", {"food": ([2, 5], noise(9, 4))}))
+    pipe = dit()
+    for task, name in (
+        (as_task(pipe, [{"class_labels": 2}, {"class_labels": 5}]), ", food"),
+        (as_task(pipe, call={"class_labels": 2}), ", food"),
+        (as_task(pipe), ""),
+        (make_pipe(), ""),
+    ):
+        assert load_judge(tmp_path, task).features.name.endswith(f" features{name}")
+
+
+def test_a_set_has_more_images_than_channels():
+    """A covariance of fewer has no full rank: such a set is refused when it is made."""
+    Sets.of("prompt", {"food": (["pizza"], noise(5, 4))})
+    with pytest.raises(ModelError, match="'food' has 4 images, expected more than its 4 channels"):
+        Sets.of("prompt", {"food": (["pizza"], noise(4, 4))})
+
+
+def test_features_without_sets_leave_none_behind(tmp_path):
+    """A model that is written again does not keep the sets of the one before."""
+    write(tmp_path, Sets.of("prompt", PARTS))
+    write(tmp_path)
+    assert load_features(tmp_path, [{"prompt": "cat"}]).name.endswith(" features")
 
 
 def broken(name, change):
@@ -158,6 +232,11 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def listed(folder, **changes):
+    path = folder / "sets.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 DAMAGE = {
     "a truncated file": cut,
     "an empty file": lambda folder: (folder / "reference.safetensors").write_bytes(b""),
@@ -169,6 +248,16 @@ DAMAGE = {
     "a layer of another size": broken(
         "features.safetensors", lambda t: t.update({"layers.0.weight": torch.zeros(2, 2)})
     ),
+    "sets that are not JSON": lambda folder: (folder / "sets.json").write_text("{"),
+    "sets of nothing known": lambda folder: listed(folder, argument="height"),
+    "a set without values": lambda folder: listed(folder, sets={"food": []}),
+    "a set without statistics": lambda folder: listed(folder, sets={"drinks": ["tea"]}),
+    "a set of too few images": broken(
+        "reference.safetensors", lambda t: t.update({"food/count": torch.tensor(4)})
+    ),
+    "a set of another size": broken(
+        "reference.safetensors", lambda t: t.update({"food/mean": torch.zeros(5)})
+    ),
     "statistics of another size": broken(
         "reference.safetensors",
         lambda t: t.update(mean=torch.zeros(5), covariance=torch.eye(5)),
@@ -179,7 +268,7 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_feature_files_are_refused(tmp_path, case):
     """A file that does not hold everything is a ModelError that names the folder."""
-    write(tmp_path)
+    write(tmp_path, Sets.of("prompt", PARTS))
     DAMAGE[case](tmp_path)
     with pytest.raises(ModelError, match="feature files are damaged") as error:
         load_features(tmp_path)

@@ -15,7 +15,7 @@ from PIL import Image
 from autofr import report
 from autofr.errors import RunFolderError
 from autofr.mix import JUMP, KEY, Constant, Sigmoid, Table
-from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler
+from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler, TextAlignment
 from autofr.profiling import PointProfile, Profile, Similarity
 from autofr.result import Result, Row
 
@@ -128,6 +128,14 @@ def make_measured(low: float = -0.05, high: float = 0.07, **more) -> Measured:
         "kept_bytes": 1_300_000,
     }
     return Measured(**(fields | more))
+
+
+ALIGNMENT = TextAlignment(
+    towers="bundled sd towers",
+    teacher=61.2,
+    policy=61.05,
+    difference=Interval(value=-0.15, low=-0.25, high=-0.05),
+)
 
 
 def make_result(measured: Measured | None = None, **more) -> Result:
@@ -309,6 +317,33 @@ def test_no_measurable_difference_only_if_the_interval_contains_0(
     assert ("no measurable difference" in text) == (low <= 0 <= high)
 
 
+def test_alignment_is_told_beside_fid_or_alone() -> None:
+    """The sentence holds both scores and what their difference says; FID need not be there."""
+    said = (
+        "alignment with prompts in bundled sd towers 61.05 against 61.20: lower by 0.15, 95 %"
+        " interval 0.05–0.25)."
+    )
+    both = report.headline(make_result(make_measured(alignment=ALIGNMENT)))
+    assert both.endswith(f"7.10: no measurable difference; {said}")
+    alone = make_measured(fid=None, alignment=ALIGNMENT)
+    assert report.headline(make_result(alone, features=None)).endswith(f"1.0 % ({said}")
+
+
+def test_the_report_has_alignment_where_it_was_measured(tmp_path: Path) -> None:
+    """Teacher's, policy's and the difference with its interval, in named towers."""
+    report.markdown(make_result(make_measured(alignment=ALIGNMENT)), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for line in (
+        "| alignment with prompts in bundled sd towers, teacher | 61.20 |",
+        "| alignment with prompts in bundled sd towers, policy | 61.05 |",
+        "| alignment with prompts in bundled sd towers, difference | -0.150 (-0.250 to -0.050) |",
+        "| FID in bundled ldm4 features, teacher | 7.10 |",
+    ):
+        assert line in text
+    report.markdown(make_result(), tmp_path)
+    assert "alignment" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_headline_admits_what_was_not_gained_or_not_measured() -> None:
     """A speed-up whose interval contains 1 is no gain; a prediction is called one."""
     same = make_measured(speedup=Interval(value=1.01, low=0.99, high=1.02))
@@ -336,7 +371,7 @@ def test_a_search_without_fid_images_and_profile_is_reported(tmp_path: Path, bud
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "samples.png" not in text
     assert "## Remarks" not in text
-    assert "FID, difference" not in text
+    assert "FID in" not in text
 
 
 @pytest.mark.parametrize("mix", ["table", "sigmoid", "one"])

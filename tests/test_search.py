@@ -484,12 +484,15 @@ def test_ctrl_c_loses_one_trial_and_nothing_else(tmp_path: Path, monkeypatch: An
     assert set(calls[3:]).isdisjoint(record.notes["digest"] for record in before)
 
 
-def test_out_of_time_no_new_trial_starts(tmp_path: Path, monkeypatch: Any) -> None:
-    """After the time limit the search ends with what it has."""
+@pytest.mark.parametrize("limit", [{"time_limit": 20}, {"deadline": 80}], ids=str)
+def test_out_of_time_no_new_trial_starts(
+    limit: dict[str, float], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """After the time limit, or the deadline, the search ends with what it has."""
     now = iter(range(0, 10**6, 7))
     clock = types.SimpleNamespace(monotonic=lambda: next(now), strftime=search.time.strftime)
     monkeypatch.setattr(search, "time", clock)
-    asked = settings(time_limit=20)  # two looks at the clock
+    asked = settings(**limit)  # a few looks at the clock
     with work_clock(), few_rows(), pytest.raises(StopIteration):
         Search(tiny_pipe(), asked, tmp_path, on_progress=stop_at("choose")).run()
     assert 0 < len(trials_of(tmp_path).records()) < 5

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from folders import dit
 from PIL import Image
 
 from autofr.errors import PolicyError, TaskError
+from autofr.sampler import draw
 from autofr.task import Task, as_task, parse_call
 
 
@@ -27,8 +30,10 @@ class PromptPipeline:
 
     def __call__(
         self, prompt=None, image=None, num_inference_steps=50, generator=None, height=8,
-        output_type="np",
+        output_type="np", negative_prompt=None,
     ):  # fmt: skip
+        if negative_prompt is not None and type(negative_prompt) is not type(prompt):
+            raise TypeError("`negative_prompt` should be the same type to `prompt`")
         self.calls.append({"prompt": prompt, "image": image})
         if self.error:
             raise self.error
@@ -174,6 +179,35 @@ def test_rows_are_counted() -> None:
     """Rows that say nothing are none: all samples differ by their noise alone."""
     assert Task(PromptPipeline(), ROWS).rows == 2
     assert as_task(NoisePipeline(), None, {"eta": 1.0}).rows == 0
+
+
+def test_a_seed_has_its_row_and_what_is_shared() -> None:
+    """`row` is what a seed is drawn with; a shared argument goes before the row's own."""
+    task = Task(PromptPipeline(), [{"prompt": "a cat"}, {"prompt": "a dog"}], {"height": 16})
+    assert task.row(3) == {"prompt": "a dog", "height": 16}
+    shared = Task(PromptPipeline(), ROWS, {"prompt": "a fox"})
+    assert shared.row(0)["prompt"] == shared.row(1)["prompt"] == "a fox"
+
+
+def test_a_shared_prompt_is_that_of_every_sample() -> None:
+    """A batch is as large as it was asked for, though its samples have one prompt."""
+    task = as_task(PromptPipeline(), None, {"prompt": "a cat"})
+    assert len(task(batch_size=3).images) == 3 and len(task(batch_size=1).images) == 1
+    assert [call["prompt"] for call in task.calls] == [["a cat"] * 3, "a cat"]
+
+
+def test_a_shared_negative_prompt_is_that_of_every_sample() -> None:
+    """Stable Diffusion takes as many of them as prompts, or refuses."""
+    task = as_task(PromptPipeline(), ROWS, {"negative_prompt": "blurry"})
+    assert [len(task(batch_size=count).images) for count in (3, 1)] == [3, 1]
+
+
+@pytest.mark.parametrize("label", [2, [2]])
+def test_a_shared_label_is_that_of_every_sample(label: Any) -> None:
+    """The images are those that a row with this label gives."""
+    shared, rows = as_task(dit(), None, {"class_labels": label}), Task(dit(), [{"class_labels": 2}])
+    found, wanted = (draw(task, [0, 1, 2], 2).images for task in (shared, rows))
+    assert len(found) == 3 and torch.equal(found, wanted)
 
 
 def test_attributes_that_nobody_has_are_missing() -> None:

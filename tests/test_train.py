@@ -1,10 +1,9 @@
-"""Laws of the recipe that trained the bundled models: its loop, images, stages and export."""
+"""Laws of what trained the bundled models: the loop, the images and the command line."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
-from conftest import ddim, tiny_unet, tiny_vae
 
-from autofr import zoo
 from autofr.errors import UserError
-from autofr.quality import Encoder, load_features
-from autofr.zoo import export, glyphs, loop, train
+from autofr.zoo import glyphs, loop, train
+from autofr.zoo.recipes import ldm4
 
 WORDS = """\
 # group: Smileys & Emotion
@@ -30,14 +27,20 @@ WORDS = """\
 1F468 200D 1F33E ; fully-qualified # 👨‍🌾 E4.0 man farmer
 1F3FB ; component # 🏻 E1.0 light skin tone
 """
+RECIPES = ["ldm4", "dit", "sd"]
 SECONDS = 10  # of training: as many steps, by the clock below
+
+
+def stop_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put in a clock by which every training step takes one second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock by which every training step takes one second."""
-    ticks = itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    """Seconds of training are steps."""
+    stop_watch(monkeypatch)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -232,12 +235,12 @@ def test_glyphs_are_drawn_on_white(names: Path) -> None:
 def test_glyphs_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work folder keeps all images; the domain are those of ldm4's groups."""
     groups = ("Food & Drink", "Flags", "Smileys & Emotion")
-    every = [glyphs.Glyph("x", group, group) for group in groups]
+    every = [glyphs.Glyph("x", group, group, "") for group in groups]
     images, calls = pictures(3, 8), []
     monkeypatch.setattr(glyphs, "read_names", lambda: every)
     monkeypatch.setattr(glyphs, "render", lambda asked: calls.append(asked) or images.clone())
     for _ in range(2):
-        found, domain = train.read_glyphs(tmp_path, "cpu")
+        found, domain = ldm4.read_glyphs(tmp_path, "cpu")
         assert float((found - images).abs().max()) <= 0.5 / 127.5 + 1e-6
         assert torch.equal(domain, found[[0, 2]])
     assert calls == [every]
@@ -265,125 +268,51 @@ def test_augmentation_is_on_white_and_may_do_nothing() -> None:
     torch.testing.assert_close(still, small, atol=1e-4, rtol=0)
 
 
-# -- stages ---------------------------------------------------------------------------------------
+# -- the command line -----------------------------------------------------------------------------
 
 
-def test_standardised_latents_have_mean_0_and_deviation_1() -> None:
-    """The latents are standard, and what they and the codes decode to is what it was."""
-    vae, images = tiny_vae(), pictures(8, 32)
-
-    def decoded(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents, force_not_quantize=True).sample
-
-    with torch.no_grad():
-        latents, codes = vae.encode(images).latents, vae.quantize.embedding.weight.clone()
-        patch = codes.T.reshape(1, 3, 4, 4)
-        before = decoded(latents), decoded(patch)
-        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-        train.standardise(vae, mean, std)
-        found = vae.encode(images).latents
-        torch.testing.assert_close(found.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
-        torch.testing.assert_close(found.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
-        torch.testing.assert_close(vae.quantize.embedding.weight, (codes - mean) / std)
-        patch = vae.quantize.embedding.weight.T.reshape(1, 3, 4, 4)
-        torch.testing.assert_close((decoded(found), decoded(patch)), before, atol=1e-4, rtol=1e-4)
-
-
-def test_the_codebook_is_filled_with_latents() -> None:
-    """Each code lies at one of the data's latents, but for a little noise; no two are the same."""
-    vae, images = tiny_vae(), pictures(4, 32)
-    train.fill_codebook(vae, images, seeded(0))
-    with torch.no_grad():
-        latents = vae.encode(images).latents.permute(0, 2, 3, 1).reshape(-1, 3)
-    codes = vae.quantize.embedding.weight
-    nearest = torch.cdist(codes, latents).min(1).values
-    assert float(nearest.max()) < 5 * 0.05 * float(latents.std())
-    assert len(codes.unique(dim=0)) == 16
-
-
-@pytest.mark.parametrize("steps", [1, 7, 1000])
-@pytest.mark.parametrize("count", [1, 2, 33])
-def test_times_stay_inside_the_schedule(count: int, steps: int) -> None:
-    """Any number of timesteps of any schedule are whole, and exist."""
-    times = train.draw_times(count, steps, seeded(count))
-    assert times.shape == (count,) and times.dtype == torch.long
-    assert int(times.min()) >= 0 and int(times.max()) < steps
-
-
-def test_half_of_the_times_are_uniform() -> None:
-    """The first half is spread evenly; the second is thin at both ends, around 0.45."""
-    even, middle = train.draw_times(40_000, 1000, seeded(0)).double().split(20_000)
-    assert bool(((even.histc(10, 0, 1000) - 2000).abs() < 200).all())
-    assert float(middle.median()) == pytest.approx(450, abs=10)
-    ends = middle.histc(10, 0, 1000)[[0, -1]]
-    assert bool((ends < 500).all())
-
-
-def test_views_and_latents_belong_together() -> None:
-    """`count` views of each glyph come with their latents; the same seed gives them again."""
-    vae, images = tiny_vae(), pictures(3)
-    views, latents = train.encode(vae, images, seed=5, count=2, rotate=4.0)
-    assert views.shape == (6, 3, 64, 64) and latents.shape == (6, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(vae.encode(views).latents, latents)
-    assert torch.equal(train.encode(vae, images, seed=5, count=2, rotate=4.0)[0], views)
-
-
-def test_the_autoencoder_is_a_stock_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its codebook is filled once, also over an interruption, and nothing else stays in it."""
-    monkeypatch.setattr(train, "build_autoencoder", lambda: tiny_vae().requires_grad_(True))
-    fills, fill = [], train.fill_codebook
-    monkeypatch.setattr(train, "fill_codebook", lambda *a: fills.append(1) or fill(*a))
-    found = [train.autoencoder(pictures(4), seconds, tmp_path, seed=0) for seconds in (3, 4, 4)]
-    assert fills == [1]
-    assert all(vae.state_dict().keys() == tiny_vae().state_dict().keys() for vae in found)
-    assert same(found[1].state_dict(), found[2].state_dict())
-    assert not same(found[0].state_dict(), found[1].state_dict())
-
-
-# -- export ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model as the recipe exports it."""
-    for name, value in {"SAMPLES": 4, "BATCH": 2, "STEPS": 2}.items():
-        monkeypatch.setattr(export, name, value)
-    torch.manual_seed(2)
-    modules = tiny_unet(), tiny_vae(), ddim(), Encoder()
-    export.export(tmp_path / "tiny", *modules, pictures(6, 64), {"minutes": 1})
-    return tmp_path / "tiny"
-
-
-def test_an_exported_model_loads_with_its_features(exported: Path) -> None:
-    """The folder is a pipeline with features, reference, expectations, and a card without gaps."""
-    loaded = zoo.load(str(exported))
-    assert type(loaded.pipe).__name__ == "LDMPipeline"
-    features = load_features(exported)
-    assert features is not None and features.reference.count == 6
-    expected = json.loads((exported / "expected.json").read_text())
-    assert expected["samples"] == 4 and expected["recipe"] == {"minutes": 1}
-    scores = [value for name, value in expected.items() if name.startswith("fid_")]
-    assert len(scores) == 4 and all(map(math.isfinite, scores))
-    assert "{" not in (exported / "README.md").read_text(encoding="utf-8")
-
-
-def test_an_exported_denoiser_is_trained_on(exported: Path, tmp_path: Path) -> None:
-    """Training on changes the denoiser; autoencoder and features stay what they were."""
-    before = zoo.load(str(exported)).pipe
-    trained = train.train_on(exported, pictures(1), 2 / 60, tmp_path, seed=0)
-    assert trained.seconds == {"denoiser": 2.0}
-    assert not same(trained.unet.state_dict(), before.unet.state_dict())
-    assert same(trained.vae.state_dict(), before.vqvae.state_dict())
-    kept = load_features(exported)
-    assert kept is not None and same(trained.encoder.state_dict(), kept.encoder.state_dict())
-
-
-def test_what_cannot_be_trained_is_refused(exported: Path, tmp_path: Path) -> None:
-    """An unknown recipe, and a folder without features, are refused before any training."""
-    with pytest.raises(typer.BadParameter, match="no recipe for 'ldm5'; recipes: ldm4"):
+def test_an_unknown_recipe_is_refused(tmp_path: Path) -> None:
+    """The refusal names the recipes there are, before anything is made."""
+    assert list(train.RECIPES) == RECIPES
+    with pytest.raises(typer.BadParameter, match="no recipe for 'ldm5'; recipes: ldm4, dit, sd"):
         train.main("ldm5", work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
-    (exported / "features.safetensors").unlink()
-    with pytest.raises(typer.BadParameter, match=r"no features\.safetensors beside the weights"):
-        train.train_on(exported, pictures(1), 1, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("said", [None, "{", "[]", "{}"])
+def test_what_no_recipe_exported_is_not_trained_on(
+    name: str, said: str | None, tmp_path: Path
+) -> None:
+    """A folder that does not say what it was trained by is refused before any work."""
+    if said is not None:
+        (tmp_path / "expected.json").write_text(said)
+    with pytest.raises(UserError, match=r"--init .* expected a folder that a recipe exported"):
+        train.main(name, work=tmp_path / "work", init=tmp_path)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "recipes: ldm4, dit, sd"),
+        (["ldm4", "--init", "nowhere"], "autofr: --init nowhere: expected a folder"),
+    ],
+    ids=["recipe", "init"],
+)
+def test_refusals_are_no_tracebacks(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the user can change is said on stderr, with exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        train.command()
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and not shown.out
+    assert said in shown.err and "Traceback" not in shown.err
+    assert not any(tmp_path.iterdir())

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders import CHANNELS, PROMPTS, SIZE, WIDTH, sd
 from test_search import STEPS, settings, tiny_pipe, work_clock
 
 from autofr import verify
+from autofr.alignment import NOBODY, Judge, load_judge, save_alignment
 from autofr.errors import BudgetError, MeasurementError
 from autofr.evaluate import Candidate
 from autofr.latency import Paired, parse_budget
 from autofr.mix import Constant, Table
 from autofr.policy import Interval, Policy
+from autofr.quality import Encoder, Features, Reference, save_features
 from autofr.sampler import compose
 from autofr.study import Record
+from autofr.task import Task
 from autofr.verify import NEAR, finalists, within_budget
 
 
@@ -198,7 +203,9 @@ def test_masks_without_weight_cost_a_jump() -> None:
 # -- the test -------------------------------------------------------------------------------------
 
 
-def try_out(pipe: Any, found: Policy, seeds: Sequence[int] = (7, 8, 9)) -> Any:
+def try_out(
+    pipe: Any, found: Policy, seeds: Sequence[int] = (7, 8, 9), judge: Judge = NOBODY
+) -> Any:
     """Run the test stage on a few seeds."""
     ratio = Interval(value=2.0, low=1.9, high=2.1)
     return verify.test(
@@ -209,7 +216,7 @@ def try_out(pipe: Any, found: Policy, seeds: Sequence[int] = (7, 8, 9)) -> Any:
         seeds=seeds,
         steps=STEPS,
         batch=2,
-        features=None,
+        judge=judge,
         on_progress=lambda done, total: None,
     )
 
@@ -243,10 +250,61 @@ def test_the_type_of_number_is_that_of_the_pipe() -> None:
     assert try_out(pipe, POLICY)[0].dtype == "float64"
 
 
-def test_without_features_there_is_no_fid() -> None:
-    """A model without a feature extractor gets no made-up FID."""
+def test_without_a_judge_there_is_no_fid_and_no_alignment() -> None:
+    """A model without a feature extractor gets no made-up FID, nor one without towers a score."""
     measured, _ = try_out(tiny_pipe(), POLICY)
-    assert measured.fid is None
+    assert measured.fid is None and measured.alignment is None
+
+
+def prompted(judged: Path, inputs: Sequence[dict[str, Any]] = PROMPTS) -> tuple[Task, Judge]:
+    """A tiny Stable Diffusion with prompts, and random towers and features for it."""
+    pipe = sd()
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    save_alignment(judged, Encoder(6).eval(), -torch.randn(6, WIDTH))
+    save_features(judged, Features(Encoder(4).eval(), Reference.of(torch.randn(9, 4)), "unnamed"))
+    task = Task(pipe, inputs, {"guidance_scale": 3.0})
+    return task, load_judge(judged, task)
+
+
+def jumps(pipe: Any) -> Policy:
+    """Every other step held, for a pipe with prompts."""
+    shape = (CHANNELS, SIZE, SIZE)
+    return compose(
+        pipe, "tiny", ("key", "jump") * 3, {}, Constant(), replaces=STEPS, latent_shape=shape,
+        guidance="batched",
+    )  # fmt: skip
+
+
+def test_each_image_is_aligned_with_the_prompt_of_its_seed(tmp_path: Path) -> None:
+    """Teacher's and policy's mean scores, and the mean of what differs seed by seed."""
+    pipe, judge = prompted(tmp_path)
+    measured, drawn = try_out(pipe, jumps(pipe), judge=judge)
+    prompts = [PROMPTS[seed % 2]["prompt"] for seed in (7, 8, 9)]
+    teacher, ours = (judge.alignment(one.images, prompts) for one in drawn)
+    found = measured.alignment
+    assert found.towers == f"bundled {tmp_path.name} towers"
+    assert found.teacher == pytest.approx(teacher.mean()) and teacher.min() > 0
+    assert found.policy == pytest.approx(ours.mean())
+    change = found.difference
+    assert change.value == pytest.approx((ours - teacher).mean(), abs=1e-9) and change.value != 0
+    assert (ours - teacher).min() <= change.low <= change.value <= change.high
+    assert measured.fid.features == f"bundled {tmp_path.name} features"
+
+
+def test_no_reuse_changes_no_alignment(tmp_path: Path) -> None:
+    """Equal images are aligned alike: the difference is 0 with an interval of no width."""
+    pipe, judge = prompted(tmp_path)
+    same = jumps(pipe).model_copy(update={"steps": ("key",) * STEPS})
+    change = try_out(pipe, same, judge=judge)[0].alignment.difference
+    assert (change.value, change.low, change.high) == (0, 0, 0)
+
+
+def test_without_prompts_there_is_no_alignment(tmp_path: Path) -> None:
+    """Towers alone score nothing: some seed's prompt is empty here."""
+    pipe, judge = prompted(tmp_path, [{"prompt": ""}, {"prompt": "a cat"}])
+    assert judge.alignment is not None
+    assert try_out(pipe, jumps(pipe), judge=judge)[0].alignment is None
 
 
 def test_a_policy_that_ruins_the_images_is_no_policy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,23 @@ from test_search import STEPS, tiny_pipe
 from autofr import zoo
 from autofr.errors import ModelError
 from autofr.families import discover
-from autofr.points import find_denoiser
+from autofr.loading import load
+from autofr.points import find_denoiser, name_of
 from autofr.quality import load_features
 from autofr.sampler import draw
 
+KINDS = {
+    "ldm4": {"conv", "branch", "attn", "stage"},
+    "dit": {"attn", "ff", "block"},
+    "sd": {"conv", "branch", "transformer", "attn", "cross", "ff", "stage"},
+}
 bundled = pytest.mark.parametrize(
     "name",
     [
         pytest.param(
             name,
             marks=pytest.mark.skipif(
-                not (zoo.HERE / name).is_dir(), reason=f"{name} is not bundled in this checkout"
+                name not in zoo.installed(), reason=f"{name} is not bundled in this checkout"
             ),
         )
         for name in zoo.BUNDLED
@@ -59,13 +66,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @bundled
 def test_a_bundled_model_loads_by_its_name(name: str, called: list[Any]) -> None:
     """A bundled model needs no network, is what the registry says, and draws."""
-    loaded = zoo.load(name)
+    loaded = load(name, threads=1)
     assert (loaded.name, loaded.folder) == (name, zoo.HERE / name)
-    assert type(loaded.pipe).__name__ == zoo.BUNDLED[name].pipeline
-    assert {point.kind for point in discover(find_denoiser(loaded.pipe)).values()} == {
-        "conv", "branch", "attn", "stage",
-    }  # fmt: skip
-    assert next(loaded.pipe.unet.parameters()).dtype == torch.float32
+    assert name_of(loaded.pipe) == zoo.BUNDLED[name].pipeline
+    assert {point.kind for point in discover(find_denoiser(loaded.pipe)).values()} == KINDS[name]
+    assert next(find_denoiser(loaded.pipe).parameters()).dtype == torch.float32
     assert bool(draw(loaded.pipe, [0], 2).images.isfinite().all())
     assert called == []
 
@@ -86,6 +91,9 @@ def test_the_registry_says_what_each_model_is() -> None:
         assert "/" not in name and not name.startswith(".")
         assert model.pipeline.endswith("Pipeline") and hasattr(diffusers, model.pipeline)
         assert model.summary and model.stands_for and model.steps > 1
+        call = inspect.signature(getattr(diffusers, model.pipeline).__call__)
+        assert {*model.call} <= {*call.parameters}
+        assert name in KINDS
 
 
 def test_a_bundled_model_that_is_not_installed_is_said_to_be_missing(
@@ -93,9 +101,23 @@ def test_a_bundled_model_that_is_not_installed_is_said_to_be_missing(
 ) -> None:
     """Without its weights a bundled name is refused, and has no expectations."""
     monkeypatch.setattr(zoo, "HERE", tmp_path)
-    with pytest.raises(ModelError, match="ldm4 is missing from this installation"):
-        zoo.load("ldm4")
-    assert zoo.expected("ldm4") == {}
+    for name in zoo.BUNDLED:
+        with pytest.raises(ModelError, match=f"{name} is missing from this installation"):
+            zoo.load(name)
+        assert zoo.expected(name) == {} and zoo.tasks(name) == []
+    assert zoo.installed() == {}
+
+
+def test_the_tasks_of_a_bundled_model_are_those_it_has_inputs_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file for a task in the model's folder is what makes it one."""
+    monkeypatch.setattr(zoo, "HERE", tmp_path)
+    (tmp_path / "sd").mkdir()
+    for name in ("model_index.json", "inpaint.jsonl", "prompts.txt"):
+        (tmp_path / "sd" / name).write_text("{}", encoding="utf-8")
+    assert [*zoo.installed()] == ["sd"]
+    assert zoo.tasks("sd") == ["text2img", "inpaint"]
 
 
 # -- local folders --------------------------------------------------------------------------------

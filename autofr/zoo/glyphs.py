@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +16,20 @@ from autofr.errors import UserError
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
 LDM4_GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+MILD: dict[str, Any] = {"rotate": 4.0, "scale": (0.92, 1.0), "shift": 0.02}
+"""The affine variation of images that a model shall draw."""
 
 _BITMAP = 109  # the only pixel size that the font's bitmaps come in
 _LINE = re.compile(r"^([0-9A-F ]+?)\s*; fully-qualified\s*#\s*\S+\s+E[\d.]+\s+(.+)$")
 
 
 class Glyph(NamedTuple):
-    """One emoji: its text, Unicode name and group."""
+    """One emoji: its text, Unicode name, group and subgroup."""
 
     text: str
     name: str
     group: str
+    subgroup: str
 
 
 def read_names(path: Path = NAMES, groups: tuple[str, ...] | None = None) -> list[Glyph]:
@@ -36,16 +39,18 @@ def read_names(path: Path = NAMES, groups: tuple[str, ...] | None = None) -> lis
             f"{path} not found: the recipe needs Unicode's emoji-test.txt"
             " (Debian: apt-get install unicode-data)."
         )
-    glyphs, group = [], ""
+    glyphs, group, subgroup = [], "", ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# group:"):
             group = line.split(":", 1)[1].strip()
+        if line.startswith("# subgroup:"):
+            subgroup = line.split(":", 1)[1].strip()
         match = _LINE.match(line)
         if not match or (groups is not None and group not in groups):
             continue
         codes = [int(code, 16) for code in match[1].split()]
         if not any(0x1F3FB <= code <= 0x1F3FF for code in codes):
-            glyphs.append(Glyph("".join(map(chr, codes)), match[2], group))
+            glyphs.append(Glyph("".join(map(chr, codes)), match[2], group, subgroup))
     return glyphs
 
 

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+
+def mixed_precision(like: torch.Tensor) -> torch.autocast:
+    """bf16 where it is safe: twice as fast on CPUs with AVX512-BF16 or AMX, and on GPUs."""
+    return torch.autocast(like.device.type, torch.bfloat16)
+
+
 Loss = Callable[[int, float, torch.Generator], torch.Tensor]
 
 
@@ -43,7 +49,7 @@ class _Run:
         self.step, self.seconds, self.loss = saved["step"], saved["seconds"], saved["loss"]
 
     def save(self) -> None:
-        """Write the checkpoint; a kill leaves the old one or the new one whole."""
+        """Write the checkpoint."""
         state = {
             "module": self.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -52,9 +58,13 @@ class _Run:
             "seconds": self.seconds,
             "loss": self.loss,
         }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.checkpoint)
+        _write(state, self.checkpoint)
+
+    def keep(self, number: int) -> None:
+        """Write the averaged weights of this moment beside the checkpoint."""
+        name = f"{self.checkpoint.stem}-{number}.pt"
+        state = {"seconds": self.seconds, "weights": self.averaged}
+        _write(state, self.checkpoint.with_name(name))
 
     def advance(self, value: torch.Tensor, lr: float) -> None:
         """Take one optimiser step down the gradient of `value`."""
@@ -75,6 +85,19 @@ class _Run:
             self.loss = last if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * last
 
 
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Save; a kill leaves the old file or the new one whole."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def kept(work: Path, name: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The moments that a training kept: seconds of training and averaged weights, in order."""
+    found = [torch.load(path, weights_only=True) for path in work.glob(f"{name}-*.pt")]
+    return sorted(((one["seconds"], one["weights"]) for one in found), key=lambda one: one[0])
+
+
 def train(
     name: str,
     module: torch.nn.Module,
@@ -86,12 +109,14 @@ def train(
     lr: float,
     ema: float = 0.0,
     save_every: float = 60.0,
+    moments: int = 1,
 ) -> torch.nn.Module:
     """Minimise `loss(step, fraction of time used, generator)` for `seconds` of training time.
 
     The same call after an interruption continues from its checkpoint in `work`; each step's
-    randomness depends on (seed, step) alone. Returns the averaged module when `ema` > 0, else the
-    module.
+    randomness depends on (seed, step) alone. `moments` divide the time into equal parts; after each
+    but the last the averaged weights are kept. Returns the averaged module when `ema` > 0, else
+    the module.
     """
     run = _Run(module, lr, ema, work / f"{name}.pt")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -105,6 +130,9 @@ def train(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + run.step)
             run.advance(loss(run.step, fraction, generator), learning_rate(fraction, lr))
             run.seconds += time.monotonic() - started
+            passed = int(moments * min(run.seconds / seconds, 1))
+            if int(moments * fraction) < passed < moments:
+                run.keep(passed)
             if run.step % 20 == 0:
                 said = f"{name}  step {run.step}  loss {run.loss:.4f}"
                 progress.update(bar, completed=min(run.seconds, seconds), description=said)
