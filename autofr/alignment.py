@@ -106,7 +106,7 @@ def load_alignment(folder: Path, pipe: Pipe) -> Alignment | None:
     try:
         return Alignment(tokenizer, text_encoder, *found, f"bundled {folder.name} towers")
     except (TypeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: of another model ({error})") from None
+        raise _damaged(folder, error) from None
 
 
 def read_towers(folder: Path) -> tuple[Encoder, torch.Tensor] | None:
@@ -123,8 +123,12 @@ def read_towers(folder: Path) -> tuple[Encoder, torch.Tensor] | None:
         image = Encoder(len(projection))
         image.load_state_dict({name.removeprefix(IMAGE): one for name, one in state.items()})
     except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: damaged, or of another model ({error})") from None
+        raise _damaged(folder, error) from None
     return image.eval(), projection
+
+
+def _damaged(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"{folder / WEIGHTS}: damaged, or of another model ({error})")
 
 
 @dataclass(frozen=True)

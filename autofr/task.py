@@ -202,14 +202,15 @@ def as_task(
             raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
         return Task(pipe, [{}], call) if call else pipe
     starts = {name: call.pop(name) for name in STARTS if name in call}
-    _check_starts(pipe, known, {*starts, *(inputs[0] if inputs else ())})
     rows = inputs or _drawn(pipe, known) or ([{}] if starts else [])
-    if not rows:
+    found = Task(pipe, [{**row, **starts} for row in rows], call) if rows else None
+    _check_starts(pipe, known, {*starts, *(inputs[0] if inputs else ())})
+    if found is None:
         raise TaskError(
             f"autofr does not know what {name_of(pipe)} draws from: give --inputs, a file with a"
             f" JSON object per line; its call takes {', '.join(known)}"
         )
-    return Task(pipe, [{**row, **starts} for row in rows], call)
+    return found
 
 
 def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Container[str]) -> None:

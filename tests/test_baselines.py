@@ -126,9 +126,12 @@ def test_the_affordable_step_count_meets_the_budget(steps, speedup):
     counts = [len(draft.steps) for draft in drafts]
     assert counts == sorted(set(counts), reverse=True)
     assert all(1 <= count < steps for count in counts)
-    fitting = [n for n in range(1, steps) if costs.teacher(n) <= seconds * (1 - 1e-9)]
-    if fitting:
-        assert max(fitting) in counts
+    surely, just = (
+        max((n for n in range(1, steps) if costs.teacher(n) <= seconds * (1 + slack)), default=0)
+        for slack in (-1e-9, 1e-9)  # whether rounding lets one more in is left open
+    )
+    if surely:
+        assert surely in counts or just in counts
 
 
 def test_models_without_a_family_of_points_lack_its_rows():

@@ -173,7 +173,7 @@ def _resolve(model: str) -> tuple[str, str, Path | None]:
         return path.resolve().name, str(path), path
     if model.count("/") == 1 and not path.exists() and not model.startswith((".", "/")):
         return model, model, None
-    near = difflib.get_close_matches(model.lower(), installed(), n=2, cutoff=0.4)
+    near = difflib.get_close_matches(model.lower(), installed(), n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ModelError(
         f"no model {model!r}{hint} Bundled: {', '.join(installed())}. Or give a local diffusers"
