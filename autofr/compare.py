@@ -13,6 +13,7 @@ from autofr.policy import Policy
 from autofr.profiling import Profile
 from autofr.result import Result, Row
 from autofr.study import PURPOSES, Record, Settings
+from autofr.task import plain
 
 AS_FAST = 0.97  # rows at most 3 % slower than the choice are compared with it
 
@@ -140,10 +141,7 @@ def shared(pipe: Pipe) -> list[str]:
     given = getattr(pipe, "call", {})
     if not given:
         return []
-    said = ", ".join(
-        f"{name}={value}" if isinstance(value, str | int | float) else name
-        for name, value in given.items()
-    )
+    said = ", ".join(f"{name}={given[name]}" if name in plain(pipe) else name for name in given)
     return [f"All calls were given {said}: the policy is for calls like these."]
 
 

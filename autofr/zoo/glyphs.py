@@ -107,3 +107,19 @@ def augment(
     grid = F.affine_grid(theta, [n, 3, 2 * size, 2 * size], align_corners=False)
     ink = F.grid_sample(1 - images, grid, padding_mode="zeros", align_corners=False)
     return 1 - F.avg_pool2d(ink, 2)
+
+
+def views(images: torch.Tensor, seed: int, count: int, **affine: Any) -> torch.Tensor:
+    """Every image `count` times, all in turn, each in a view of its own (see `augment`)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([augment(images, generator, **affine) for _ in range(count)])
+
+
+def draw(images: torch.Tensor, generator: torch.Generator, count: int, crop: bool) -> torch.Tensor:
+    """Views of `count` random images, (count, 3, 64, 64); or a 32x32 part, the same of each."""
+    pick = torch.randint(len(images), (count,), generator=generator).to(images.device)
+    whole = augment(images[pick], generator)
+    if not crop:
+        return whole
+    top, left = torch.randint(0, 33, (2,), generator=generator).tolist()
+    return whole[:, :, top : top + 32, left : left + 32]

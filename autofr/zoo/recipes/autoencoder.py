@@ -69,32 +69,36 @@ def fit(
 
     def loss(step: int, fraction: float, generator: torch.Generator) -> torch.Tensor:
         crop = fraction < 0.6
-        pick = torch.randint(len(images), (32 if crop else 8,), generator=generator)
-        target = glyphs.augment(images[pick.to(images.device)], generator)
-        if crop:
-            corner = torch.randint(0, 33, (2,), generator=generator)
-            target = target[:, :, corner[0] : corner[0] + 32, corner[1] : corner[1] + 32]
+        target = glyphs.draw(images, generator, 32 if crop else 8, crop)
         with mixed_precision(images):
             posterior = model.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(target)
             error = model.decode(posterior.mean + posterior.std * noise).sample.float() - target
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         spread = posterior.mean.float().square() + posterior.var.float()
         divergence = 0.5 * (spread - 1 - posterior.logvar.float()).mean()
-        return error.abs().mean() + edges + 1e-3 * divergence
+        return distance(error) + 1e-3 * divergence
 
     return train("autoencoder", model, loss, seconds, work, seed=seed, lr=6e-4, ema=0.998)
 
 
+def distance(error: torch.Tensor) -> torch.Tensor:
+    """L1 and gradient loss of reconstructions, from their error (n, 3, h, w)."""
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + edges
+
+
 @torch.no_grad()
 def standardise(vae: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Fold a per-channel standardisation of the latents (4,) into the 1x1 convolutions.
+    """Fold a per-channel standardisation of the latents (c,) into the 1x1 convolutions.
 
     The pipelines know one scaling factor only; after this the latents have mean 0, deviation 1.
+    Log variances, where the model has them, follow.
     """
-    vae.quant_conv.weight[:CHANNELS].div_(std.view(-1, 1, 1, 1))
-    vae.quant_conv.bias[:CHANNELS].sub_(mean).div_(std)
-    vae.quant_conv.bias[CHANNELS:].sub_(2 * std.log())
+    channels = len(mean)
+    vae.quant_conv.weight[:channels].div_(std.view(-1, 1, 1, 1))
+    vae.quant_conv.bias[:channels].sub_(mean).div_(std)
+    if len(vae.quant_conv.bias) > channels:
+        vae.quant_conv.bias[channels:].sub_(2 * std.log())
     vae.post_quant_conv.bias.add_(vae.post_quant_conv.weight.flatten(1) @ mean)
     vae.post_quant_conv.weight.mul_(std.view(1, -1, 1, 1))
 
@@ -104,7 +108,6 @@ def encode(
     vae: torch.nn.Module, images: torch.Tensor, seed: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `count` mildly varied views of each image, and their latents (the means)."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.cat([glyphs.augment(images, generator, **glyphs.MILD) for _ in range(count)])
+    views = glyphs.views(images, seed, count, **glyphs.MILD)
     latents = [vae.encode(batch).latent_dist.mode() for batch in views.split(64)]
     return views, torch.cat(latents)

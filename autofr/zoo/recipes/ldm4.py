@@ -15,6 +15,7 @@ from autofr.quality import Encoder
 from autofr.zoo import glyphs
 from autofr.zoo.loop import kept, mixed_precision, train
 from autofr.zoo.recipe import Order, Trained, load_module
+from autofr.zoo.recipes import autoencoder as kl
 from autofr.zoo.recipes import diffusion, features
 
 STEPS = 50
@@ -63,20 +64,12 @@ def autoencoder(images: torch.Tensor, seconds: float, work: Path, seed: int) -> 
     filled = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
     model.register_parameter("codebook_filled", filled)  # so that the checkpoint knows
 
-    def draw(generator: torch.Generator, count: int, crop: bool) -> torch.Tensor:
-        pick = torch.randint(len(images), (count,), generator=generator).to(images.device)
-        whole = glyphs.augment(images[pick], generator)
-        if not crop:
-            return whole
-        corner = torch.randint(0, 33, (2,), generator=generator)
-        return whole[:, :, corner[0] : corner[0] + 32, corner[1] : corner[1] + 32]
-
     def loss(step: int, fraction: float, generator: torch.Generator) -> torch.Tensor:
         if fraction > 0.2 and not filled:
-            fill_codebook(model, draw(generator, 256, crop=True), generator)
+            fill_codebook(model, glyphs.draw(images, generator, 256, crop=True), generator)
             filled.data.fill_(1)
         crop = fraction < 0.73
-        target = draw(generator, 32 if crop else 8, crop)
+        target = glyphs.draw(images, generator, 32 if crop else 8, crop)
         with mixed_precision(images):
             latents = model.encode(target).latents
         latents = latents.float()
@@ -85,9 +78,8 @@ def autoencoder(images: torch.Tensor, seconds: float, work: Path, seed: int) -> 
         )
         with mixed_precision(images):
             error = model.decoder(model.post_quant_conv(codes)).float() - target
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         small = 1e-3 * latents.square().mean()
-        return error.abs().mean() + edges + commitment.to(error) + small
+        return kl.distance(error) + commitment.to(error) + small
 
     train("autoencoder", model, loss, seconds, work, seed=seed, lr=1e-3, ema=0.998)
     del model._parameters["codebook_filled"]
@@ -99,23 +91,16 @@ def encode(
     vae: torch.nn.Module, images: torch.Tensor, seed: int, count: int, **affine: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `count` augmented views of each glyph and their latents."""
-    generator = torch.Generator().manual_seed(seed)
-    views = torch.cat([glyphs.augment(images, generator, **affine) for _ in range(count)])
+    views = glyphs.views(images, seed, count, **affine)
     latents = torch.cat([vae.encode(batch).latents for batch in views.split(64)])
     return views, latents
 
 
 @torch.no_grad()
 def standardise(vae: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Fold a per-channel standardisation of the latents into the 1x1 convolutions and codebook.
-
-    LDMPipeline knows one scalar only; after this the latents have mean 0 and deviation 1.
-    """
-    vae.quant_conv.weight.div_(std.view(3, 1, 1, 1))
-    vae.quant_conv.bias.sub_(mean).div_(std)
+    """Fold a per-channel standardisation of the latents into the 1x1 convolutions and codebook."""
+    kl.standardise(vae, mean, std)
     vae.quantize.embedding.weight.sub_(mean).div_(std)
-    vae.post_quant_conv.bias.add_(vae.post_quant_conv.weight.flatten(1) @ mean)
-    vae.post_quant_conv.weight.mul_(std.view(1, 3, 1, 1))
 
 
 def build_denoiser() -> torch.nn.Module:
