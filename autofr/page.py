@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from autofr import before_after, policy_chart, profile_charts, result_charts
+from autofr import before_after, files, policy_chart, profile_charts, result_charts
 from autofr.errors import RunFolderError
 from autofr.html import data_url, render
 from autofr.memory import size
@@ -76,9 +76,7 @@ def write_index(runs: Mapping[str, Result | str], folder: Path) -> Path:
 
 def _put(path: Path, text: str) -> Path:
     try:
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        files.write(path, text)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot write the page ({error.strerror})") from None
     return path

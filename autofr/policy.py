@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from autofr import files
 from autofr.errors import PolicyError
 from autofr.mix import JUMP, KEY, Constant, Finite, Mix, Positive, Table, Value, mix_row
 
@@ -262,10 +263,7 @@ class Policy(Value):
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, atomically."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        files.write(Path(path), self.model_dump_json(indent=1) + "\n")
 
 
 # -- another step count ---------------------------------------------------------------------------

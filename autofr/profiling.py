@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from autofr import files
 from autofr.errors import damaged
 from autofr.families import discover
 from autofr.held import forms
@@ -83,9 +84,7 @@ class Profile(_Value):
 
     def save(self, path: Path) -> None:
         """Write the JSON file, atomically."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.model_dump_json() + "\n", encoding="utf-8")
-        part.replace(path)
+        files.write(path, self.model_dump_json() + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from autofr import files
 from autofr.errors import RunFolderError
 from autofr.memory import size
 from autofr.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, samples
@@ -228,9 +229,7 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("result.json", "pareto.png", "policy.png")]
-        part = folder / "result.json.part"
-        part.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(paths[0])
+        files.write(paths[0], result.model_dump_json(indent=1) + "\n")
         pareto(result, paths[1])
         policy_strip(result.policy, paths[2])
         if teacher_images is not None and policy_images is not None:

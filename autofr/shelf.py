@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from autofr import profiling
+from autofr import files, profiling
 from autofr.calibration import Calibration
 from autofr.errors import RunFolderError
 from autofr.points import Pipe, name_of
@@ -69,7 +69,7 @@ def shared(
 def _leave(own: Path, place: Path, ground: dict[str, Any], gap: str) -> None:
     if (own / "profile.json").is_file():
         place.mkdir(parents=True, exist_ok=True)
-        _write(place / "ground.json", json.dumps(ground, indent=1, sort_keys=True).encode())
+        files.write(place / "ground.json", json.dumps(ground, indent=1, sort_keys=True).encode())
         _copy_all(own, place, gap)
 
 
@@ -94,7 +94,7 @@ def _copy_all(source: Path, target: Path, gap: str) -> None:
         return
     profile = (source / "profile.json").read_bytes()
     if not (target / "profile.json").is_file():
-        _write(target / "profile.json", profile)
+        files.write(target / "profile.json", profile)
     if (target / "profile.json").read_bytes() != profile:
         return
     on_shelf = (target / "ground.json").is_file()
@@ -102,11 +102,4 @@ def _copy_all(source: Path, target: Path, gap: str) -> None:
     for path in here.glob("calibration-*.npz"):
         if not path.name.endswith(".part.npz") and not (there / path.name).exists():
             there.mkdir(parents=True, exist_ok=True)
-            _write(there / path.name, path.read_bytes())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file, atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+            files.write(there / path.name, path.read_bytes())

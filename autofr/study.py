@@ -18,6 +18,7 @@ import torch
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from autofr import files
 from autofr.errors import RunFolderError
 from autofr.families import discover
 from autofr.latency import Budget
@@ -180,9 +181,7 @@ def _check_foreign(folder: Path) -> None:
 
 def _check_spec(folder: Path, path: Path, spec: Spec) -> None:
     if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(spec.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        files.write(path, spec.model_dump_json(indent=1) + "\n")
         return
     try:
         there = Spec.model_validate_json(path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from autofr import policy
+from autofr import files, policy
 from autofr.errors import AutofrError, JobsError
 from autofr.jobs import Job, Plan
 
@@ -121,10 +121,7 @@ def _place(plan: Plan, job: Job, kind: str) -> Path:
 
 def _save(plan: Plan, job: Job, state: State) -> State:
     """Write a state, atomically."""
-    path = _place(plan, job, "json")
-    part = path.with_name(path.name + ".part")
-    part.write_text(state.model_dump_json() + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write(_place(plan, job, "json"), state.model_dump_json() + "\n")
     return state
 
 

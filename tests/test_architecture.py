@@ -19,7 +19,7 @@ PACKAGE = ROOT / "autofr"
 
 # From the bottom up: a file imports only from rows above its own, and not from its own row.
 LAYERS = [
-    {"errors"},
+    {"errors", "files"},
     {"mix"},
     {"policy"},
     {"memory"},
