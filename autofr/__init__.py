@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from autofr.errors import AutofrError as AutofrError
     from autofr.hub import read as load
     from autofr.policy import Policy as Policy
-    from autofr.sampler import apply as apply
-    from autofr.sampler import remove as remove
-    from autofr.sampler import reuse as reuse
+    from autofr.runtime.sampler import apply as apply
+    from autofr.runtime.sampler import remove as remove
+    from autofr.runtime.sampler import reuse as reuse
     from autofr.task import Task as Task
 
 # Torch and diffusers load with the first name that needs them, not with `import autofr`.
@@ -23,9 +23,9 @@ _HOME = {
     "AutofrError": "autofr.errors",
     "Policy": "autofr.policy",
     "load": "autofr.hub",
-    "apply": "autofr.sampler",
-    "remove": "autofr.sampler",
-    "reuse": "autofr.sampler",
+    "apply": "autofr.runtime.sampler",
+    "remove": "autofr.runtime.sampler",
+    "reuse": "autofr.runtime.sampler",
     "Task": "autofr.task",
 }
 _NAME = {"load": "read"}  # where it is called otherwise there

@@ -1,5 +1,5 @@
 """`python -m autofr` is the command line."""
 
-from autofr.cli import main
+from autofr.cli.app import main
 
 main()

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from autofr import before_after, page, profile_pictures, profiling, report, sampler, verify
-from autofr.alignment import NOBODY, Judge
-from autofr.calibration import candidate_masks
-from autofr.evaluate import check_runs, check_steps
-from autofr.families import discover
-from autofr.latency import seconds
-from autofr.points import Pipe, device_of, dtype_of, find_denoiser, name_of
+from autofr.measure import profiling
+from autofr.measure.alignment import NOBODY, Judge
+from autofr.measure.calibration import candidate_masks
+from autofr.measure.latency import seconds
+from autofr.measure.profiling import Profile
 from autofr.policy import Measured, Policy
-from autofr.profiling import Profile
-from autofr.result import Result
-from autofr.search import OnProgress, Search
-from autofr.shelf import shared
-from autofr.start import Starts
-from autofr.study import Settings, run_folder, spec_of
+from autofr.report import before_after, page, profile_pictures, report
+from autofr.runtime import sampler
+from autofr.runtime.families import discover
+from autofr.runtime.points import Pipe, device_of, dtype_of, find_denoiser, name_of
+from autofr.runtime.start import Starts
+from autofr.search import verify
+from autofr.search.evaluate import check_runs, check_steps
+from autofr.search.result import Result
+from autofr.search.search import OnProgress, Search
+from autofr.search.shelf import shared
+from autofr.search.study import Settings, run_folder, spec_of
 
 PROFILE = "profile.json"
 FEW = 8  # images of teacher and policy that the report shows

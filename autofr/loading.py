@@ -12,7 +12,7 @@ from typing import Any
 from autofr import task as tasks
 from autofr import zoo
 from autofr.errors import TaskError
-from autofr.points import Pipe, name_of
+from autofr.runtime.points import Pipe, name_of
 
 Rows = list[dict[str, Any]]
 SIBLINGS: dict[str, str] = {
@@ -47,8 +47,8 @@ def load(
     rows = tasks.read_inputs(inputs) if inputs else [{"prompt": text} for text in prompts]
     import torch
 
-    from autofr.families import discover
-    from autofr.points import find_denoiser
+    from autofr.runtime.families import discover
+    from autofr.runtime.points import find_denoiser
 
     torch.set_num_threads(threads or cores())
     loaded = zoo.load(model, device, dtype)

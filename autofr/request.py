@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from autofr.alignment import Judge
-    from autofr.points import Pipe
-    from autofr.study import Settings
+    from autofr.measure.alignment import Judge
+    from autofr.runtime.points import Pipe
+    from autofr.search.study import Settings
 
 
 class Request(BaseModel):
@@ -73,10 +73,10 @@ def prepare(request: Request, command: str) -> Prepared:
 
     Raises: UserError for whatever cannot be read, found or loaded.
     """
-    from autofr.latency import parse_budget
+    from autofr.measure.latency import parse_budget
     from autofr.memory import parse_size
     from autofr.policy import Keep
-    from autofr.space import load_space
+    from autofr.search.space import load_space
 
     budget, space = parse_budget(request.budget), load_space(request.space)
     memory = parse_size(request.max_memory) if request.max_memory else None
@@ -92,8 +92,8 @@ def prepare(request: Request, command: str) -> Prepared:
         request.inputs,
         call=request.call,
     )
-    from autofr.alignment import load_judge
-    from autofr.study import Settings
+    from autofr.measure.alignment import load_judge
+    from autofr.search.study import Settings
 
     settings = Settings(
         name=loaded.name,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from autofr.errors import AutofrError, ModelError, TaskError
-from autofr.points import Pipe, find_denoiser, name_of
+from autofr.runtime.points import Pipe, find_denoiser, name_of
 
 Inputs = Sequence[Mapping[str, Any]]
 """One row of call arguments per sample: `{"prompt": "a cat"}`, `{"class_labels": 3}`, ..."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from protocol import load, write
 
 from autofr import policy as policies
-from autofr import profiling, verify
-from autofr.families import discover
-from autofr.points import find_denoiser
+from autofr.measure import profiling
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser
+from autofr.search import verify
 
 
 def main() -> None:

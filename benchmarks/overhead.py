@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from protocol import load, random_dit, write
 
-from autofr import mix, verify
-from autofr.sampler import compose, draw, reuse
+from autofr import mix
+from autofr.runtime.sampler import compose, draw, reuse
+from autofr.search import verify
 
 
 def rows_of(name: str, pipe: Any, batches: tuple[int, ...], args: Any) -> list[dict[str, Any]]:

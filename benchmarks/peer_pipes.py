@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import nn
 
-from autofr.clock import solver_steps
+from autofr.runtime.clock import solver_steps
 
 STEPS, BLOCKS = 20, 8
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autofr import zoo
-from autofr.profiling import device_name, versions
+from autofr.measure.profiling import device_name, versions
 from autofr.task import as_task
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"

@@ -21,10 +21,11 @@ from protocol import load, write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autofr import policy, quality
-from autofr.latency import paired
-from autofr.points import find_denoiser
-from autofr.sampler import draw, reuse
+from autofr import policy
+from autofr.measure import quality
+from autofr.measure.latency import paired
+from autofr.runtime.points import find_denoiser
+from autofr.runtime.sampler import draw, reuse
 
 SEEDS = range(9000, 9016)
 

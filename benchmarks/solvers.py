@@ -17,15 +17,16 @@ from typing import Any
 import diffusers
 from protocol import load, write
 
-from autofr import baselines, correction, profiling
-from autofr.calibration import calibrate, candidate_masks, worth_calibrating
-from autofr.decode import family
-from autofr.evaluate import Evaluator, solver
-from autofr.families import discover
+from autofr.measure import profiling
+from autofr.measure.calibration import calibrate, candidate_masks, worth_calibrating
 from autofr.mix import JUMP, Constant
-from autofr.planner import Rule, plan
-from autofr.points import find_denoiser
-from autofr.sampler import compose
+from autofr.plan import baselines, correction
+from autofr.plan.planner import Rule, plan
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser
+from autofr.runtime.sampler import compose
+from autofr.search.decode import family
+from autofr.search.evaluate import Evaluator, solver
 
 SOLVERS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", 50, {}),

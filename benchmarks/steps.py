@@ -10,11 +10,11 @@ from typing import Any
 
 from protocol import load, random_dit, write
 
-from autofr import profiling
-from autofr.calibration import candidate_masks
-from autofr.families import discover
-from autofr.points import find_denoiser
-from autofr.profiling import Profile
+from autofr.measure import profiling
+from autofr.measure.calibration import candidate_masks
+from autofr.measure.profiling import Profile
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser
 
 
 def rows_of(name: str, found: Profile) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autofr.compare import AS_FAST, speed
-from autofr.report import load_result
-from autofr.result import Result
+from autofr.report.report import load_result
+from autofr.search.compare import AS_FAST, speed
+from autofr.search.result import Result
 
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = (

@@ -15,8 +15,10 @@ from folders import FAMILIES, WIDTH, dit, picture, sd, t5, t5_tokenizer
 from safetensors.torch import load_file, save_file
 from test_policy import MEASURED, policy
 
-from autofr import console, hub
-from autofr.alignment import (
+from autofr import hub
+from autofr.cli import console
+from autofr.errors import ModelError
+from autofr.measure.alignment import (
     PROJECTION,
     WEIGHTS,
     Judge,
@@ -25,9 +27,8 @@ from autofr.alignment import (
     prompts_of,
     save_alignment,
 )
-from autofr.errors import ModelError
+from autofr.measure.quality import Encoder
 from autofr.policy import Interval, TextAlignment
-from autofr.quality import Encoder
 from autofr.task import Task, as_task
 
 CHANNELS = 6

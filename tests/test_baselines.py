@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr import sampler
-from autofr.baselines import (
+from autofr.measure.calibration import candidate_masks
+from autofr.measure.latency import Costs, whole
+from autofr.mix import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
+from autofr.plan.baselines import (
     Draft,
     cuts,
     deepcache,
@@ -19,10 +21,8 @@ from autofr.baselines import (
     published,
     uniform,
 )
-from autofr.calibration import candidate_masks
-from autofr.families import discover
-from autofr.latency import Costs, whole
-from autofr.mix import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
+from autofr.runtime import sampler
+from autofr.runtime.families import discover
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

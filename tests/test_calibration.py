@@ -10,19 +10,19 @@ import pytest
 import torch
 from conftest import ddim, make_pipe
 
-from autofr.calibration import (
+from autofr.errors import MeasurementError
+from autofr.measure.calibration import (
     Calibration,
     calibrate,
     candidate_masks,
     step_gains,
     worth_calibrating,
 )
-from autofr.errors import MeasurementError
-from autofr.families import discover
-from autofr.latency import Costs
-from autofr.patch import Patch
-from autofr.recording import record
-from autofr.sampler import draw
+from autofr.measure.latency import Costs
+from autofr.runtime.families import discover
+from autofr.runtime.patch import Patch
+from autofr.runtime.recording import record
+from autofr.runtime.sampler import draw
 
 N, GAPS, SEEDS = 6, 3, [0, 1]
 CHOSEN = ("frdiff", "branches", "cut0", "cut6")

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -24,15 +23,17 @@ from folders import write
 from PIL import Image
 from test_search import STEPS, few_rows, settings, tiny_pipe, tiny_unet, work_clock
 
-from autofr import cli, console, job, loading, study, zoo
-from autofr.cli import app, main
-from autofr.console import progress
+from autofr import job, loading, zoo
+from autofr.cli import console
+from autofr.cli.app import app, main
+from autofr.cli.console import progress
 from autofr.errors import AutofrError, BudgetError, MeasurementError
-from autofr.families import discover
 from autofr.mix import Constant
 from autofr.policy import Policy, Provenance, load
-from autofr.report import load_result
-from autofr.sampler import compose
+from autofr.report.report import load_result
+from autofr.runtime.families import discover
+from autofr.runtime.sampler import compose
+from autofr.search import study
 
 FEW = ["--steps", str(STEPS), "--batch", "2", "--threads", "1"]
 
@@ -494,7 +495,7 @@ def sample_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, *words: o
     def draw(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("autofr.sampler.draw", draw)
+    monkeypatch.setattr("autofr.runtime.sampler.draw", draw)
     return autofr(*words)
 
 
@@ -742,7 +743,7 @@ def test_profile_writes_json_and_three_pictures(model: Path, tmp_path: Path) -> 
 
 def test_profile_prints_json(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--json` prints what the file holds, and nothing else on stdout."""
-    monkeypatch.setattr("autofr.profile_pictures.profile_pictures", lambda *_: [])
+    monkeypatch.setattr("autofr.report.profile_pictures.profile_pictures", lambda *_: [])
     ran = autofr("profile", "--model", model, *FEW, "--out", tmp_path, "--json")
     assert json.loads(ran.out) == json.loads((tmp_path / "profile.json").read_text())
 
@@ -803,15 +804,6 @@ def test_inputs_of_a_search_are_counted(tmp_path: Path, monkeypatch: pytest.Monk
         ran = autofr("search", "--model", folder, *more, "--threads", 1, "--dry-run")
         assert ran.code == 0, ran
     assert [settings.inputs_count for settings in asked] == [3, 0]
-
-
-@pytest.mark.parametrize("rows", [0, 1, 100])
-def test_evaluate_draws_what_a_search_tests_with(rows: int) -> None:
-    """A policy is evaluated on the seeds, and inputs, that its search used for nothing else."""
-    pipe: Any = SimpleNamespace(rows=rows)
-    asked = settings(test_seeds=64, inputs_count=rows, calibration_seeds=8, validation_seeds=40)
-    found = cli._test_seeds(pipe, asked.seed, 64)
-    assert found == asked.seeds("test") and len(set(found)) == 64
 
 
 def test_dry_run_writes_nothing(

@@ -10,13 +10,14 @@ from conftest import ddim, make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr import correction, sampler
-from autofr.calibration import candidate_masks
-from autofr.correction import _Basis, correct, trajectory
-from autofr.families import discover
+from autofr.measure.calibration import candidate_masks
 from autofr.mix import HardSigmoid, Table
+from autofr.plan import correction
+from autofr.plan.correction import _Basis, correct, trajectory
 from autofr.policy import Policy
-from autofr.recording import record
+from autofr.runtime import sampler
+from autofr.runtime.families import discover
+from autofr.runtime.recording import record
 from autofr.task import Task
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)

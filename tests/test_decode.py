@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr.calibration import Calibration
-from autofr.decode import Frame, decode, family, fastest_seconds, guesses, mix_name
 from autofr.errors import BudgetError
-from autofr.latency import Costs
+from autofr.measure.calibration import Calibration
+from autofr.measure.latency import Costs
 from autofr.memory import Memory
 from autofr.mix import Constant, Sigmoid, Step, Table
-from autofr.space import SHIPPED, Planned, load_space
+from autofr.search.decode import Frame, decode, family, fastest_seconds, guesses, mix_name
+from autofr.search.space import SHIPPED, Planned, load_space
 
 laws = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 

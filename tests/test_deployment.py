@@ -26,15 +26,15 @@ from diffusers.models.attention_processor import AttnProcessor
 from folders import FAMILIES
 from torch import nn
 
-from autofr import sampler
-from autofr.calibration import candidate_masks
-from autofr.families import discover
+from autofr.measure.calibration import candidate_masks
 from autofr.mix import Constant, Mix, Table
-from autofr.patch import Patch
-from autofr.points import find_denoiser
 from autofr.policy import AS_IS, Keep, Policy
-from autofr.recording import record
-from autofr.store import tensors_in
+from autofr.runtime import sampler
+from autofr.runtime.families import discover
+from autofr.runtime.patch import Patch
+from autofr.runtime.points import find_denoiser
+from autofr.runtime.recording import record
+from autofr.runtime.store import tensors_in
 from autofr.task import Task
 
 N, SEEDS = 6, (0, 1)

@@ -20,9 +20,9 @@ from test_recipes import NAMES, tiny_dit, tiny_kl, tiny_unet
 from test_train import pictures, same, stop_watch
 
 from autofr import zoo
-from autofr.alignment import load_alignment, save_alignment
 from autofr.errors import ModelError, UserError
-from autofr.quality import Encoder, Features, Reference, load_features, save_features
+from autofr.measure.alignment import load_alignment, save_alignment
+from autofr.measure.quality import Encoder, Features, Reference, load_features, save_features
 from autofr.task import as_task, read_inputs
 from autofr.zoo import export, glyphs, train
 from autofr.zoo.recipe import Order, Trained, load_module

@@ -8,7 +8,7 @@ import torch
 from conftest import make_pipe
 
 from autofr.errors import ModelError
-from autofr.guidance import LINEAR, fit, of
+from autofr.runtime.guidance import LINEAR, fit, of
 from autofr.task import Task
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ddim
 
-from autofr.held import Form, forms, noise_levels
+from autofr.runtime.held import Form, forms, noise_levels
 
 N = 6
 SOLVERS = {

@@ -20,15 +20,16 @@ from test_search import tiny_pipe
 from torch import nn
 from typer.testing import CliRunner
 
-from autofr import interchange, policy_cli
+from autofr import interchange
+from autofr.cli import policies
 from autofr.errors import InterchangeError, PolicyError, UserError
-from autofr.families import discover
 from autofr.interchange.components import freshest
 from autofr.mix import Constant, HardSigmoid, Mix, Table
-from autofr.points import find_denoiser
 from autofr.policy import Policy, load
-from autofr.recording import record
-from autofr.sampler import compose, reuse
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser
+from autofr.runtime.recording import record
+from autofr.runtime.sampler import compose, reuse
 
 sys.path.append(str(Path(__file__).parent / "conformance"))
 Loop: Any = importlib.import_module("loop").Loop  # tiny models of every class, in a sampling loop
@@ -713,7 +714,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def autofr(*words: object) -> str:
     """Run a command and return what it prints."""
-    ran = CliRunner().invoke(policy_cli.app, [*map(str, words)], catch_exceptions=False)
+    ran = CliRunner().invoke(policies.app, [*map(str, words)], catch_exceptions=False)
     assert ran.exit_code == 0, ran.output
     return ran.output
 
@@ -747,5 +748,5 @@ def test_commands_fail_before_they_load(tmp_path: Path) -> None:
 
 def test_the_commands_know_every_kind() -> None:
     """What the options list is what can be read and written."""
-    assert set(get_args(policy_cli.Readable)) == set(interchange.READERS)
-    assert set(get_args(policy_cli.Writable)) == set(interchange.WRITERS)
+    assert set(get_args(policies.Readable)) == set(interchange.READERS)
+    assert set(get_args(policies.Writable)) == set(interchange.WRITERS)

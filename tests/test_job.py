@@ -19,11 +19,11 @@ from test_search import (
 
 from autofr import job
 from autofr.errors import BudgetError, ModelError, PolicyError, RunFolderError
-from autofr.latency import parse_budget
+from autofr.measure.latency import parse_budget
 from autofr.policy import load
-from autofr.report import load_result
-from autofr.result import Result
-from autofr.study import STATE, run_folder, spec_of
+from autofr.report.report import load_result
+from autofr.search.result import Result
+from autofr.search.study import STATE, run_folder, spec_of
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def test_a_budget_that_is_met_already_is_refused_by_the_estimate(tmp_path: Path)
 def test_a_profile_comes_back_from_its_folder(tmp_path: Path, monkeypatch: Any) -> None:
     """What a job leaves in a folder is what it returned; its pictures are named."""
     drawn = [tmp_path / "latency.png"]
-    monkeypatch.setattr("autofr.profile_pictures.profile_pictures", lambda *_: drawn)
+    monkeypatch.setattr("autofr.report.profile_pictures.profile_pictures", lambda *_: drawn)
     with work_clock():
         found, paths = job.profile(tiny_pipe("ldm"), tmp_path, STEPS, 2, range(2))
     assert job.load_profile(tmp_path) == found
@@ -193,7 +193,9 @@ def test_steps_that_a_scheduler_does_not_take_are_refused_by_the_estimate(tmp_pa
 
 def test_a_policy_of_another_pipe_is_not_timed(done: Done, monkeypatch: Any) -> None:
     """A policy that does not fit is refused before any work."""
-    monkeypatch.setattr("autofr.verify.time_policy", lambda *_, **__: pytest.fail("it was timed"))
+    monkeypatch.setattr(
+        "autofr.search.verify.time_policy", lambda *_, **__: pytest.fail("it was timed")
+    )
     model = done.result.policy.model
     other = model.model_copy(update={"fingerprint": "0" * len(model.fingerprint)})
     policy = done.result.policy.model_copy(update={"model": other})

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from test_docs import blocks
 from test_search import tiny_pipe
 
-from autofr import jobs, zoo
-from autofr.cli import app
+from autofr import zoo
+from autofr.cli.app import app
 from autofr.errors import JobsError
 from autofr.request import Request
+from autofr.tune import jobs
 
 laws = settings(deadline=None, max_examples=20, derandomize=True, database=None)
 EXAMPLE = Path(__file__).parents[1] / "examples/jobs.toml"

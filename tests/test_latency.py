@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr import latency
 from autofr.errors import BudgetError, MeasurementError
-from autofr.latency import (
+from autofr.measure import latency
+from autofr.measure.latency import (
     Costs,
     measure_costs,
     median_interval,

@@ -16,7 +16,7 @@ from test_search import tiny_pipe
 from autofr import zoo
 from autofr.errors import TaskError
 from autofr.loading import load
-from autofr.sampler import draw
+from autofr.runtime.sampler import draw
 
 PICTURES = 3
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from conftest import make_pipe
 
-from autofr import profiling, sampler
-from autofr.calibration import candidate_masks
 from autofr.errors import BudgetError
-from autofr.families import discover
+from autofr.measure import profiling
+from autofr.measure.calibration import candidate_masks
 from autofr.memory import Memory, parse_size, size
 from autofr.mix import JUMP, KEY, Constant, HardSigmoid, Table
 from autofr.policy import Keep
+from autofr.runtime import sampler
+from autofr.runtime.families import discover
 
 N, BATCH = 6, 2
 POINTS = {"a": 1000, "b": 300, "c": 20}

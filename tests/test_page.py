@@ -18,12 +18,12 @@ from PIL import Image
 from test_report import make_measured, make_policy, make_profile, make_result, row
 from typer.testing import CliRunner
 
-from autofr import before_after, differences, page, policy_chart, result_charts
+from autofr.cli.results import app
 from autofr.errors import RunFolderError
 from autofr.mix import Sigmoid
 from autofr.policy import Policy
-from autofr.result_cli import app
-from autofr.svg import Axis
+from autofr.report import before_after, differences, page, policy_chart, result_charts
+from autofr.report.svg import Axis
 
 HOSTILE = '<script>alert("x")</script>\' onload=alert(1) </title><img src=x onerror=alert(2)>&amp;'
 STYLE = Path(page.__file__).parent / "templates" / "page.css"

@@ -22,15 +22,16 @@ import torch
 from conftest import ddim, make_pipe, tiny_unet, tiny_vae
 from torch import nn
 
-from autofr import interchange, sampler
-from autofr.calibration import Calibration, calibrate, candidate_masks
-from autofr.clock import solver_steps
+from autofr import interchange
 from autofr.errors import InterchangeError, ModelError, PolicyError
-from autofr.families import discover
+from autofr.measure.calibration import Calibration, calibrate, candidate_masks
 from autofr.mix import Constant, HardSigmoid, Mix
-from autofr.points import find_denoiser
 from autofr.policy import Policy, load
-from autofr.recording import record
+from autofr.runtime import sampler
+from autofr.runtime.clock import solver_steps
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser
+from autofr.runtime.recording import record
 
 sys.path.append(str(Path(__file__).parent / "conformance"))
 Loop: Any = importlib.import_module("loop").Loop  # tiny models of every class, in a sampling loop

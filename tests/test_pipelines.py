@@ -24,23 +24,26 @@ from test_cli import autofr, refused
 from test_correction import table
 from test_search import few_rows, settings, work_clock
 
-from autofr import guidance, job, profile_pictures, report, sampler, search, zoo
-from autofr.calibration import calibrate, candidate_masks
-from autofr.clock import bare_scheduler, solver_steps
-from autofr.correction import correct, trajectory
+from autofr import job, zoo
 from autofr.errors import BudgetError, ModelError, PolicyError, TaskError
-from autofr.evaluate import latent_errors, other_solvers, solver
-from autofr.families import discover
-from autofr.held import forms
-from autofr.latency import Costs
+from autofr.measure.calibration import calibrate, candidate_masks
+from autofr.measure.latency import Costs
 from autofr.mix import Constant, Mix
-from autofr.patch import Patch
-from autofr.planner import Rule, plan
-from autofr.points import experts, find_denoiser
+from autofr.plan.correction import correct, trajectory
+from autofr.plan.planner import Rule, plan
 from autofr.policy import Policy, load
-from autofr.recording import record
-from autofr.sampler import Samples
-from autofr.start import Starts
+from autofr.report import profile_pictures, report
+from autofr.runtime import guidance, sampler
+from autofr.runtime.clock import bare_scheduler, solver_steps
+from autofr.runtime.families import discover
+from autofr.runtime.held import forms
+from autofr.runtime.patch import Patch
+from autofr.runtime.points import experts, find_denoiser
+from autofr.runtime.recording import record
+from autofr.runtime.sampler import Samples
+from autofr.runtime.start import Starts
+from autofr.search import search
+from autofr.search.evaluate import latent_errors, other_solvers, solver
 from autofr.task import Task, as_task, read_inputs
 
 N, SEEDS = 6, (0, 1)

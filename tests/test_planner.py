@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr import planner, sampler
-from autofr.calibration import Calibration
 from autofr.errors import BudgetError
-from autofr.latency import Costs
+from autofr.measure.calibration import Calibration
+from autofr.measure.latency import Costs
 from autofr.mix import Constant, HardSigmoid, Linear, Table, mix_row
-from autofr.planner import RIDGE, Rule, choices, front, plan
+from autofr.plan import planner
+from autofr.plan.planner import RIDGE, Rule, choices, front, plan
+from autofr.runtime import sampler
 
 laws = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
@@ -349,7 +350,7 @@ def test_gaps_are_bounded():
 @pytest.mark.parametrize("speedup", [1.2, 2.0, 2.5])
 def test_a_plan_makes_a_policy_that_runs(pipe, mix, speedup):
     """Steps and mix of a plan make a valid policy, and the pipe computes what the plan says."""
-    from autofr.families import discover
+    from autofr.runtime.families import discover
 
     points = {p.kind: name for name, p in discover(pipe.unet).items()}
     masks = {"cheap": (points["stage"],), "good": (points["attn"],), "unused": (points["conv"],)}

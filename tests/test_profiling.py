@@ -11,12 +11,12 @@ import torch
 from conftest import ddim, make_pipe
 
 from autofr.errors import MeasurementError, ModelError
-from autofr.families import discover
-from autofr.latency import Costs
-from autofr.points import SCORE, fingerprint
-from autofr.profiling import Profile, costs_of, profile
-from autofr.sampler import draw
-from autofr.similarity import measure_similarity
+from autofr.measure.latency import Costs
+from autofr.measure.profiling import Profile, costs_of, profile
+from autofr.measure.similarity import measure_similarity
+from autofr.runtime.families import discover
+from autofr.runtime.points import SCORE, fingerprint
+from autofr.runtime.sampler import draw
 
 N, GAPS, SEEDS = 6, 3, [0, 1, 2]
 MASKS = {
@@ -197,7 +197,7 @@ def test_the_costs_are_the_profiles_seconds(measured):
 
 def test_measuring_costs_calls_what_it_names(pipe, monkeypatch):
     """Keyframes run the whole network, masks skip, jumps do not call it at all."""
-    from autofr import profiling
+    from autofr.measure import profiling
 
     ran: list[str] = []
     for name in ("conv_in", "mid_block"):

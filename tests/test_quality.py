@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from autofr.alignment import load_judge
 from autofr.errors import ModelError
-from autofr.quality import (
+from autofr.measure.alignment import load_judge
+from autofr.measure.quality import (
     Encoder,
     Features,
     Reference,

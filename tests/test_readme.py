@@ -13,11 +13,12 @@ import pytest
 from folders import SMALL, picture, write
 from test_docs import ROOT, blocks
 
-from autofr import sampler, zoo
-from autofr.calibration import candidate_masks
-from autofr.families import discover
+from autofr import zoo
+from autofr.measure.calibration import candidate_masks
 from autofr.mix import Constant
-from autofr.points import find_denoiser
+from autofr.runtime import sampler
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser
 
 TITLE = "Your own pipeline"
 TINY = {

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from autofr import report
 from autofr.errors import RunFolderError
+from autofr.measure.profiling import PointProfile, Profile, Similarity
 from autofr.mix import JUMP, KEY, Constant, Sigmoid, Table
 from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler, TextAlignment
-from autofr.profiling import PointProfile, Profile, Similarity
-from autofr.result import Result, Row
+from autofr.report import report
+from autofr.search.result import Result, Row
 
 
 def interval(value: float, share: float = 0.05) -> Interval:

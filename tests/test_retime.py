@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_policy import MEASURED, PROVENANCE, policies, policy, sampler
 from typer.testing import CliRunner
 
-from autofr import policy_cli
+from autofr.cli.policies import app
 from autofr.errors import PolicyError, UserError
 from autofr.mix import Sigmoid, Table
 from autofr.policy import Policy, load, loads
@@ -171,7 +171,7 @@ def test_the_command_writes_what_the_method_gives(tmp_path: Path) -> None:
     one = policy(measured=MEASURED, provenance=PROVENANCE)
     one.save(tmp_path / "a.json")
     words = ["retime", str(tmp_path / "a.json"), "--steps", "9", "--out", str(tmp_path / "b.json")]
-    ran = CliRunner().invoke(policy_cli.app, words, catch_exceptions=False)
+    ran = CliRunner().invoke(app, words, catch_exceptions=False)
     assert ran.exit_code == 0 and "9 steps for a call of 9" in ran.output
     assert load(tmp_path / "b.json") == one.retime(9)
 
@@ -182,4 +182,4 @@ def test_the_command_refuses_a_place_that_is_none(tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "a.json" / "b.json"):
         words = ["retime", "nowhere.json", "--steps", "9", "--out", str(out)]
         with pytest.raises(UserError, match=r"expected the name of a file|cannot write there"):
-            CliRunner().invoke(policy_cli.app, words, catch_exceptions=False)
+            CliRunner().invoke(app, words, catch_exceptions=False)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import ddim, make_pipe
 
-from autofr import sampler
-from autofr.clock import solver_steps
 from autofr.errors import PolicyError
-from autofr.families import discover
 from autofr.mix import Constant, HardSigmoid, Table
-from autofr.points import find_denoiser, fingerprint
 from autofr.policy import Model, Policy
-from autofr.recording import record
+from autofr.runtime import sampler
+from autofr.runtime.clock import solver_steps
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser, fingerprint
+from autofr.runtime.recording import record
 
 N = 8
 SOLVERS = {
@@ -121,7 +121,7 @@ def test_reuse_changes_the_result(pipe):
 
 def test_every_point_is_exact_at_equal_input():
     """Reusing any point at the keyframe's own input and time gives the keyframe's score."""
-    from autofr.patch import Patch
+    from autofr.runtime.patch import Patch
 
     pipe = make_pipe()
     points = discover(pipe.unet)
@@ -139,7 +139,7 @@ def test_every_point_is_exact_at_equal_input():
 
 def test_stage_skips_what_is_deeper():
     """The shallowest stage runs one ResNet block; the deepest all but the mid block."""
-    from autofr.patch import Patch
+    from autofr.runtime.patch import Patch
 
     pipe = make_pipe()
     points = discover(pipe.unet)

@@ -22,30 +22,30 @@ import pytest
 import torch
 from conftest import ddim, tiny_vae
 
-from autofr import (
-    baselines,
-    calibration,
-    choose,
-    correction,
-    evaluate,
-    guidance,
-    latency,
-    profiling,
-    search,
-    verify,
-)
-from autofr.compare import AS_FAST, held_out, remarks, speed
 from autofr.errors import BudgetError, MeasurementError, ModelError, RunFolderError
-from autofr.evaluate import Evaluator
-from autofr.latency import parse_budget
+from autofr.measure import calibration, latency, profiling
+from autofr.measure.latency import parse_budget
 from autofr.mix import Constant
+from autofr.plan import baselines, correction
 from autofr.policy import Interval, Policy, load
-from autofr.result import Result, Row
-from autofr.sampler import compose, reuse
-from autofr.search import SAFETY, Search
-from autofr.space import Direct, DirectAxes, Planned, PlannedAxes, Space, Uniform, UniformAxes
-from autofr.study import PURPOSES, STATE, Ledger, Record, Settings, dump, run_folder, spec_of
-from autofr.verify import Verdict
+from autofr.runtime import guidance
+from autofr.runtime.sampler import compose, reuse
+from autofr.search import choose, evaluate, search, verify
+from autofr.search.compare import AS_FAST, held_out, remarks, speed
+from autofr.search.evaluate import Evaluator
+from autofr.search.result import Result, Row
+from autofr.search.search import SAFETY, Search
+from autofr.search.space import (
+    Direct,
+    DirectAxes,
+    Planned,
+    PlannedAxes,
+    Space,
+    Uniform,
+    UniformAxes,
+)
+from autofr.search.study import PURPOSES, STATE, Ledger, Record, Settings, dump, run_folder, spec_of
+from autofr.search.verify import Verdict
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -409,7 +409,7 @@ def test_a_duplicate_takes_its_twins_value_and_is_not_run(tmp_path: Path) -> Non
 DIE = """
 import os, signal, sys
 from pathlib import Path
-from autofr.evaluate import Evaluator
+from autofr.search.evaluate import Evaluator
 import test_search
 
 score, calls = Evaluator.score, []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autofr.errors import SpaceError
-from autofr.space import SHIPPED, Direct, Planned, Uniform, largest_gap, load_space
+from autofr.search.space import SHIPPED, Direct, Planned, Uniform, largest_gap, load_space
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from test_search import SPACE, settings, tiny_pipe
 
 from autofr.errors import RunFolderError
-from autofr.latency import parse_budget
-from autofr.study import PURPOSES, RETRIES, STATE, Ledger, Spec, run_folder, spec_of
+from autofr.measure.latency import parse_budget
+from autofr.search.study import PURPOSES, RETRIES, STATE, Ledger, Spec, run_folder, spec_of
 
 SPEC = Spec(
     model="tiny",

@@ -15,7 +15,7 @@ from folders import dit
 from PIL import Image
 
 from autofr.errors import PolicyError, TaskError
-from autofr.sampler import draw
+from autofr.runtime.sampler import draw
 from autofr.task import Task, as_task, parse_call
 
 

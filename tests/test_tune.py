@@ -20,16 +20,17 @@ import pytest
 from test_cli import autofr, make_policy, refused
 from test_search import few_rows, settings, tiny_pipe, work_clock
 
-from autofr import jobs, search, study, tune, tune_job
 from autofr.errors import JobsError
 from autofr.policy import load
-from autofr.tune import GRACE
+from autofr.search import search, study
+from autofr.tune import child, jobs, tune
+from autofr.tune.tune import GRACE
 
 # A job's process whose search is a few lines; what it does goes by the job's name.
 CHILD = """
 import os, shutil, sys, time
 from pathlib import Path
-from autofr import tune_job
+from autofr.tune import child
 
 def search(order, tell):
     (name, asked), = order["requests"].items()
@@ -53,16 +54,17 @@ def estimate(order, tell):
     for name in [*order["requests"]][:-1]:
         tell(job=name, seconds=60.0)
 
-tune_job._search, tune_job._estimate = search, estimate
-tune_job.main()
+child._search, child._estimate = search, estimate
+child.main()
 """
 
 DRIVER = """
 import functools, sys
-from autofr import cli, jobs, tune
+from autofr.cli.app import main
+from autofr.tune import jobs, tune
 jobs.read_checked = jobs.read
 tune.run = functools.partial(tune.run, child=[sys.executable, "-c", {child!r}])
-cli.main()
+main()
 """
 
 
@@ -255,7 +257,7 @@ def small() -> Iterator[Counter[str]]:
     with pytest.MonkeyPatch.context() as patch, work_clock(), few_rows():
         kind = functools.partial(study.Settings, **{name: getattr(few, name) for name in names})
         patch.setattr(study, "Settings", kind)
-        patch.setattr("autofr.report.write", lambda *_: [])
+        patch.setattr("autofr.report.report.write", lambda *_: [])
         for name in ("profile", "calibrate"):
             patch.setattr(search, name, counted(name))
         yield count
@@ -287,11 +289,11 @@ def test_jobs_of_one_pipe_are_measured_once() -> None:
 
     with small() as count:
         with pytest.raises(StopIteration):
-            tune_job._search(order_of(first, plan), stop)
+            child._search(order_of(first, plan), stop)
         assert count == {"profile": 1, "calibrate": 1}
-        with pytest.raises(tune_job.TimeUpError):
-            tune_job._search(order_of(second, plan, 0.0), lambda **event: None)
-        tune_job._search(order_of(second, plan), lambda **event: told.append(event))
+        with pytest.raises(child.TimeUpError):
+            child._search(order_of(second, plan, 0.0), lambda **event: None)
+        child._search(order_of(second, plan), lambda **event: told.append(event))
         assert told[-1]["state"] == "finished"
         assert count == {"profile": 1, "calibrate": 1}
     kept = [job.folder / "study/profile.json" for job in plan.jobs]
@@ -318,10 +320,10 @@ def test_a_job_says_that_its_trials_were_cut(
         for now[0], stage in zip(moments, ("teacher", "trials", "trials", "test"), strict=True):
             on_progress(stage, 0, 1)
 
-    monkeypatch.setattr(tune_job, "prepare", lambda request, command: ready)
+    monkeypatch.setattr(child, "prepare", lambda request, command: ready)
     monkeypatch.setattr("autofr.job.run", job_run)
-    monkeypatch.setattr(tune_job, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    tune_job._search(order_of(plan.jobs[0], plan, 10.0), lambda **event: told.append(event))
+    monkeypatch.setattr(child, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    child._search(order_of(plan.jobs[0], plan, 10.0), lambda **event: told.append(event))
     assert told[-1]["state"] == state
 
 
@@ -332,7 +334,7 @@ def test_what_is_expected_says_what_is_unknown() -> None:
     plan = jobs.read(Path("jobs.toml"))
     requests = {job.name: job.request.model_dump(mode="json") for job in plan.jobs}
     with small():
-        tune_job._estimate({"requests": requests}, lambda **event: told.append(event))
+        child._estimate({"requests": requests}, lambda **event: told.append(event))
     few, met, many = told
     assert 0 < few["seconds"] < many["seconds"]
     assert "already takes only" in met["unknown"]

@@ -11,18 +11,18 @@ import torch
 from folders import CHANNELS, PROMPTS, SIZE, WIDTH, sd
 from test_search import STEPS, settings, tiny_pipe, work_clock
 
-from autofr import verify
-from autofr.alignment import NOBODY, Judge, load_judge, save_alignment
 from autofr.errors import BudgetError, MeasurementError
-from autofr.evaluate import Candidate
-from autofr.latency import Paired, parse_budget
+from autofr.measure.alignment import NOBODY, Judge, load_judge, save_alignment
+from autofr.measure.latency import Paired, parse_budget
+from autofr.measure.quality import Encoder, Features, Reference, save_features
 from autofr.mix import Constant, Table
 from autofr.policy import Interval, Policy
-from autofr.quality import Encoder, Features, Reference, save_features
-from autofr.sampler import compose
-from autofr.study import Record
+from autofr.runtime.sampler import compose
+from autofr.search import verify
+from autofr.search.evaluate import Candidate
+from autofr.search.study import Record
+from autofr.search.verify import NEAR, finalists, within_budget
 from autofr.task import Task
-from autofr.verify import NEAR, finalists, within_budget
 
 
 def record(number: int, value: float, seconds: float, **notes: Any) -> Record:

@@ -14,11 +14,11 @@ from test_search import STEPS, tiny_pipe
 
 from autofr import zoo
 from autofr.errors import ModelError
-from autofr.families import discover
 from autofr.loading import load
-from autofr.points import find_denoiser, name_of
-from autofr.quality import load_features
-from autofr.sampler import draw
+from autofr.measure.quality import load_features
+from autofr.runtime.families import discover
+from autofr.runtime.points import find_denoiser, name_of
+from autofr.runtime.sampler import draw
 
 KINDS = {
     "ldm4": {"conv", "branch", "attn", "stage"},

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from autofr.errors import InterchangeError
-from autofr.families import discover
 from autofr.interchange import blocks, components, deepcache
 from autofr.interchange.schedule import Plan, Target
 from autofr.mix import Constant
-from autofr.points import Pipe, find_denoiser
 from autofr.policy import MAX_BYTES, MAX_STEPS, Policy
-from autofr.sampler import check, compose
+from autofr.runtime.families import discover
+from autofr.runtime.points import Pipe, find_denoiser
+from autofr.runtime.sampler import check, compose
 
 READERS: dict[str, Callable[[Any, Target], Plan]] = {
     "deepcache": deepcache.read,

@@ -12,8 +12,8 @@ from torch import nn
 
 from autofr.errors import InterchangeError
 from autofr.mix import JUMP, KEY, executed
-from autofr.points import Point
 from autofr.policy import Policy
+from autofr.runtime.points import Point
 
 Plan = tuple[list[str], dict[str, tuple[str, ...]]]
 """What each step is ("key" or a mask's name), and the masks by name."""

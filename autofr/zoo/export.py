@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from autofr.alignment import Alignment, save_alignment
-from autofr.quality import Features, Reference, Sets, save_features
+from autofr.measure.alignment import Alignment, save_alignment
+from autofr.measure.quality import Features, Reference, Sets, save_features
 from autofr.zoo.recipe import Trained
 
 SAMPLES = 512

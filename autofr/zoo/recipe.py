@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autofr.errors import UserError
-from autofr.quality import Encoder
+from autofr.measure.quality import Encoder
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Order:
     def rate(self, peak: float) -> float:
         """The learning rate of a denoiser: half of a recipe's where trained weights go on."""
         return peak if self.init is None else peak / 2
+
+    def draws(self) -> int:
+        """The seed of a denoiser's steps: where trained weights go on, no step is drawn twice."""
+        return self.seed if self.init is None else self.seed + int(_digest(self.init), 16)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from tiny_video import VIDEO
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autofr.families import discover
-from autofr.patch import Patch
-from autofr.points import Point
-from autofr.store import tensors_in
+from autofr.runtime.families import discover
+from autofr.runtime.patch import Patch
+from autofr.runtime.points import Point
+from autofr.runtime.store import tensors_in
 
 ALL: dict[str, Tiny] = UNET | IMAGE | VIDEO
 

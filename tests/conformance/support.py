@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from laws import ALL
 from test_loops import PREDICTING, SOLVED, SOLVERS
 
-from autofr.calibration import candidate_masks
-from autofr.families import FAMILIES, discover
-from autofr.points import KINDS
+from autofr.measure.calibration import candidate_masks
+from autofr.runtime.families import FAMILIES, discover
+from autofr.runtime.points import KINDS
 
 HEAD = """\
 # What is supported, and what is tested of it

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from laws import ALL, counted, distance, patched, points_of, score, state
 
-from autofr.calibration import candidate_masks
-from autofr.families import FAMILIES, discover
+from autofr.measure.calibration import candidate_masks
+from autofr.runtime.families import FAMILIES, discover
 
 each = pytest.mark.parametrize("name", ALL)
 EQUAL = 1e-4  # float32: kept differences are added again

@@ -12,13 +12,13 @@ import torch
 from laws import ALL, state
 from loop import STEPS, Loop
 
-from autofr import sampler
-from autofr.calibration import candidate_masks
-from autofr.clock import solver_steps
-from autofr.families import discover
+from autofr.measure.calibration import candidate_masks
 from autofr.mix import Constant, Mix, Table
 from autofr.policy import Policy
-from autofr.recording import record
+from autofr.runtime import sampler
+from autofr.runtime.clock import solver_steps
+from autofr.runtime.families import discover
+from autofr.runtime.recording import record
 
 PLAN = ("key", "mask", "jump", "key", "mask", "mask")
 each = pytest.mark.parametrize("name", ALL)

@@ -75,7 +75,7 @@ def run(order: Order) -> Trained:
     if order.init is not None:
         start = load_module(DiTTransformer2DModel, order.init / "transformer")
     given, seconds, work = labels[found.rows], 60 * order.minutes, order.folder("dit")
-    model = fit(start, found.latents, given, seconds, work, order.seed, order.rate(RATE))
+    model = fit(start, found.latents, given, seconds, work, order.draws(), order.rate(RATE))
     return Trained(
         pipe=build_pipe(model, shared.vae),
         encoder=shared.encoder,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from autofr.quality import Encoder
+from autofr.measure.quality import Encoder
 from autofr.zoo import glyphs
 from autofr.zoo.recipe import Order, load_module
 from autofr.zoo.recipes import autoencoder, features

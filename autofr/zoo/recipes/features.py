@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from autofr.errors import UserError
-from autofr.quality import Encoder, load_features
+from autofr.measure.quality import Encoder, load_features
 from autofr.zoo import glyphs
 from autofr.zoo.loop import train
 

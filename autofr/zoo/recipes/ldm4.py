@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autofr.quality import Encoder
+from autofr.measure.quality import Encoder
 from autofr.zoo import glyphs
 from autofr.zoo.loop import kept, mixed_precision, train
 from autofr.zoo.recipe import Order, Trained, load_module
@@ -200,7 +200,7 @@ def _on_from(folder: Path, domain: torch.Tensor, order: Order, work: Path) -> Pa
     unet = load_module(UNet2DModel, folder / "unet")
     _, mild = encode(vae, domain, order.seed + 1, **MILD | {"count": 36})
     seconds = 60 * order.minutes
-    unet = denoiser(unet, [(math.inf, mild)], seconds, work, order.seed, order.rate(RATE))
+    unet = denoiser(unet, [(math.inf, mild)], seconds, work, order.draws(), order.rate(RATE))
     return unet, vae, encoder, {"denoiser": seconds}
 
 

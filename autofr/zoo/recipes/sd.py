@@ -72,7 +72,7 @@ def run(order: Order) -> Trained:
     work = order.folder("sd")
     reading = {"text": 60 * TEXT_MINUTES} if order.init is None else {}
     lr = order.rate(RATE)
-    unet = fit(_start(order), found.latents, prompts, read, seconds, work, order.seed, lr)
+    unet = fit(_start(order), found.latents, prompts, read, seconds, work, order.draws(), lr)
     return Trained(
         pipe=build_pipe(unet, shared.vae, read),
         encoder=shared.encoder,

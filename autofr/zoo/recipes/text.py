@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from autofr.alignment import read_towers
 from autofr.errors import UserError
-from autofr.quality import Encoder
+from autofr.measure.alignment import read_towers
+from autofr.measure.quality import Encoder
 from autofr.zoo import glyphs
 from autofr.zoo.loop import train
 

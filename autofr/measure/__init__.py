@@ -1,0 +1,1 @@
+"""Measures a pipeline: latency, similarity, quality, and what reuse costs each point."""

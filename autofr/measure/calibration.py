@@ -1,0 +1,329 @@
+"""Measure once what every reuse costs in error: the table that planning works on.
+
+For keyframe k, step i = k + g and mask m, calibration measures the score that the reduced network
+gives at the teacher's own input. All that planning needs of these scores are inner products with
+the teacher's, so the table stays small and every mix can be tried without the network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from autofr.errors import MeasurementError, damaged
+from autofr.measure.latency import Costs
+from autofr.runtime import guidance
+from autofr.runtime.clock import bare_scheduler
+from autofr.runtime.families import discover
+from autofr.runtime.held import forms
+from autofr.runtime.patch import Patch
+from autofr.runtime.points import Pipe, Point, find_denoiser
+from autofr.runtime.recording import Tape, record
+from autofr.runtime.sampler import batches, draw
+
+Masks = Mapping[str, tuple[str, ...]]
+_log = logging.getLogger("autofr")
+
+
+def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
+    """Name the masks worth calibrating: the published ones and the nested cuts of the network.
+
+    U-Nets: `frdiff` (first convolutions and attention or spatial transformers), `branches`
+    (residual branches and the same), `attn`, and one `cut` per `stage` point (DeepCache).
+    Transformers: `frdiff` (all sub-layers), `attn`, `cross`, `ff`, and one `run` per run of
+    blocks to the end of its list.
+    """
+    by_kind: dict[str, list[str]] = {}
+    for name, point in points.items():
+        by_kind.setdefault(point.kind, []).append(name)
+    attention = by_kind.get("transformer", []) + _outside_transformers(points)
+    found = {"attn": attention}
+    convs, branches = by_kind.get("conv", []), by_kind.get("branch", [])
+    if convs or branches:
+        found |= {"frdiff": [*convs, *attention], "branches": [*branches, *attention]}
+    else:
+        found |= {kind: by_kind.get(kind, []) for kind in ("cross", "ff")}
+        found["frdiff"] = [*attention, *found["cross"], *found["ff"]]
+    found |= {f"cut{depth}": [name] for depth, name in enumerate(by_kind.get("stage", []))}
+    runs = [name for name in by_kind.get("block", []) if points[name].enter_at is not None]
+    found |= {f"run{index}": [name] for index, name in enumerate(runs)}
+    return {name: tuple(mask) for name, mask in found.items() if mask}
+
+
+def _outside_transformers(points: Mapping[str, Point]) -> list[str]:
+    """Attention that no spatial transformer of the list contains."""
+    outer = tuple(f"{p.module}." for p in points.values() if p.kind == "transformer")
+    attention = [name for name, point in points.items() if point.kind == "attn"]
+    return [name for name in attention if not (outer and name.startswith(outer))]
+
+
+def worth_calibrating(masks: Masks, costs: Costs) -> dict[str, tuple[str, ...]]:
+    """Leave out masks that save too little, and cuts that cost nearly the same as a deeper one.
+
+    Each mask costs about `max_gap` reduced runs to calibrate; what is left still spans the range.
+    """
+    kept, cheapest = {}, costs.key
+    for name, points in masks.items():
+        single_cut = len(points) == 1 and points[0].endswith("#stage")
+        if costs.masks[name] > 0.85 * costs.key:
+            continue
+        if single_cut and costs.masks[name] > cheapest - 0.06 * costs.key:
+            continue
+        if single_cut:
+            cheapest = costs.masks[name]
+        kept[name] = points
+    return kept
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inner products of scores, summed over calibration samples and elements.
+
+    `teacher` (N, N): teacher's scores with each other. `cross` (M, N, G, N): reduced score of
+    mask m at step i, kept at i - 1 - g', with the teacher's score j. `own` (M, N, G): the reduced
+    score with itself. Entries that no keyframe reaches are NaN. `gain` (N,): how a unit error of
+    the score at a step moves the final latents. `norm`: mean squared norm of the final latents.
+    `switch`: the step at which a second denoiser takes over; 0 where there is one only.
+    Steps are those that run: the `first` of a call are left out where it starts from a picture.
+    """
+
+    masks: tuple[str, ...]
+    teacher: np.ndarray
+    cross: np.ndarray
+    own: np.ndarray
+    gain: np.ndarray
+    norm: float
+    switch: int = 0
+    first: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps run."""
+        return len(self.teacher)
+
+    @property
+    def asked(self) -> int:
+        """How many steps a call asks for."""
+        return self.first + self.steps
+
+    @property
+    def max_gap(self) -> int:
+        return self.own.shape[2]
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file, atomically."""
+        part = path.with_suffix(".part.npz")
+        np.savez_compressed(
+            part, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
+            own=self.own, gain=self.gain, norm=self.norm, switch=self.switch,
+            first=self.first,
+        )  # fmt: skip
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote; plain arrays only.
+
+        Raises: RunFolderError when the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(
+                    tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
+                    file["gain"], float(file["norm"]), int(file["switch"]),
+                    int(file["first"]) if "first" in file else 0,  # runs of older versions
+                )  # fmt: skip
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            raise damaged(path) from None
+
+
+@torch.inference_mode()
+def calibrate(
+    pipe: Pipe,
+    seeds: Sequence[int],
+    steps: int,
+    masks: Masks,
+    max_gap: int = 6,
+    batch: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Run the teacher once on `seeds`, then every mask at every gap on its inputs.
+
+    `batch` seeds at a time (all by default): inner products add up. Scores are compared as the
+    scheduler gets them (after guidance), in the form in which they are held, and where the pipe
+    draws: what it overwrites after every step (inpainting) does not count. Cost: N keyframes and
+    about N * max_gap * len(masks) reduced evaluations.
+    Raises: MeasurementError when the model gives NaN; ModelError for a pipe that ends early, or
+        changes its batch or its branches on the way.
+    """
+    parts = batches(seeds, batch)
+    found: list[Calibration] = []
+
+    def on_key(done: int, total: int) -> None:
+        if on_step:
+            on_step(len(found) * total + done, len(parts) * total)
+
+    for part in parts:
+        found.append(_calibrate(pipe, part, steps, masks, max_gap, on_key))
+    return _together(found)
+
+
+def _together(parts: Sequence[Calibration]) -> Calibration:
+    """Add up what was measured on parts of the seeds; gains are averaged."""
+    first = parts[0]
+    return Calibration(
+        masks=first.masks,
+        teacher=sum(part.teacher for part in parts),  # type: ignore[arg-type]
+        cross=sum(part.cross for part in parts),  # type: ignore[arg-type]
+        own=sum(part.own for part in parts),  # type: ignore[arg-type]
+        gain=np.mean([part.gain for part in parts], axis=0),
+        norm=sum(part.norm for part in parts),
+        switch=first.switch,
+        first=first.first,
+    )
+
+
+def _calibrate(
+    pipe: Pipe,
+    seeds: Sequence[int],
+    steps: int,
+    masks: Masks,
+    max_gap: int,
+    on_key: Callable[[int, int], None],
+) -> Calibration:
+    """Calibrate on one batch."""
+    with record(pipe, calls=True) as tape:
+        draw(pipe, seeds, steps)
+    guidance.check_plannable(pipe, tape)
+    teacher = _Teacher(tape, len(seeds))
+    n, m = teacher.steps, len(masks)
+    scores = torch.stack([teacher.score(i) for i in range(n)])
+    if not bool(scores.isfinite().all()):
+        raise MeasurementError("the model returned NaN or infinity during calibration")
+    cross, own = np.full((m, n, max_gap, n), np.nan), np.full((m, n, max_gap), np.nan)
+    points = discover(find_denoiser(pipe))
+    patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()]).install()
+    try:
+        for key in range(n - 1):
+            teacher.run(key, patch.keyframe)
+            for gap in range(1, min(max_gap, teacher.last_of(key) - key) + 1):
+                for index in range(m):
+                    step = key + gap
+                    outputs = teacher.run(step, partial(patch.reduced, index + 1))
+                    reduced = teacher.score(step, outputs)
+                    cross[index, step, gap - 1] = (scores @ reduced).cpu().numpy()
+                    own[index, step, gap - 1] = float(reduced @ reduced)
+            on_key(key + 1, n - 1)
+    finally:
+        patch.remove()
+    products = (scores @ scores.T).cpu().numpy()
+    final = teacher.drawn(tape.latents[-1][: len(seeds)].double().flatten())
+    gain = step_gains(tape) / teacher.slopes
+    norm = float(final.square().sum())
+    return Calibration(
+        tuple(masks), products, cross, own, gain, norm, teacher.switch, teacher.first
+    )
+
+
+class _Teacher:
+    """The first pass of every step that a recorded run ran: its calls, how they make a score."""
+
+    def __init__(self, tape: Tape, samples: int) -> None:
+        by_pass = tape.passes()
+        self.first = tape.steps[tape.begin]
+        first = [
+            tape.steps.index(step, tape.begin) for step in range(self.first, tape.steps[-1] + 1)
+        ]
+        held = forms(tape.scheduler)
+        self._calls = [by_pass[k] for k in first]
+        self._forms = [held[k] if held else None for k in first]
+        self._guides = [
+            guidance.fit([call.output for call in by_pass[k]], tape.scores[k - tape.begin], samples)
+            for k in first
+        ]
+        kept = tape.drawn()
+        self._kept = None if kept is None else kept[:samples].flatten()
+        worst = max(guide.residual for guide in self._guides)
+        if worst > guidance.LINEAR:
+            _log.warning(
+                "what the scheduler gets is not linear in what the denoiser returns (up to %.0f %%"
+                " off; a rescaled guidance?): plans for this pipe are approximate",
+                100 * worst,
+            )
+        self.steps = len(first)
+        modules = [calls[0].module for calls in self._calls]
+        changed = (i for i, module in enumerate(modules) if module is not modules[0])
+        self.switch = next(changed, 0)
+        self.slopes = np.array([abs(form.q) if form else 1.0 for form in self._forms])
+
+    def run(self, step: int, mode: Callable[..., Any]) -> list[Any]:
+        """Call the denoiser as at a step, every guidance branch in its mode `mode(branch=...)`."""
+        outputs = []
+        for branch, call in enumerate(self._calls[step]):
+            args, kwargs = call.given
+            with mode(branch=(0, branch)):
+                outputs.append(call.module(*args, **kwargs)[0])
+        return outputs
+
+    def last_of(self, key: int) -> int:
+        """The last step that a keyframe serves: the end, or the denoiser's last."""
+        return self.switch - 1 if key < self.switch else self.steps - 1
+
+    def score(self, step: int, outputs: Sequence[Any] | None = None) -> torch.Tensor:
+        """The step's score (of these outputs, or the teacher's), as it is held: flat, float64."""
+        calls, guide, form = self._calls[step], self._guides[step], self._forms[step]
+        score = guide([call.output for call in calls] if outputs is None else outputs)
+        samples = guide.samples(calls) if form else None
+        if form is None or samples is None:
+            return self.drawn(score)
+        return self.drawn(form.noise(samples, score))
+
+    def drawn(self, flat: torch.Tensor) -> torch.Tensor:
+        """Nothing but what the pipe goes on with, where the rest is overwritten."""
+        fits = self._kept is not None and self._kept.shape == flat.shape
+        return flat * self._kept if fits else flat
+
+
+@torch.inference_mode()
+def step_gains(tape: Tape) -> np.ndarray:
+    """Measure how far an error of the score at each step moves the final latents, by the
+    scheduler alone: it is run on the stored scores with one of them perturbed (no network calls).
+
+    Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping), and
+    under inpainting: they take every element for itself, so that none is moved by what is
+    overwritten elsewhere.
+    """
+    scores, ran = tape.scores, tape.ran
+    # The noise of a replay comes from one seed instead, the same in all of them.
+    fixed = {name: value for name, value in tape.others.items() if name != "generator"}
+
+    def replay(changed: int | None = None) -> torch.Tensor:
+        scheduler = bare_scheduler(tape.scheduler)
+        latents = tape.first_latents
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for index, score in enumerate(scores):
+                if ran[index] == changed:
+                    score = score + nudge
+                time = scheduler.timesteps[tape.begin + index]
+                latents = scheduler.step(score, time, latents, **fixed)[0]
+        return latents
+
+    nudge = 1e-2 * torch.randn(
+        scores[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    ).to(scores[0])
+    kept = tape.drawn()
+    if kept is not None:
+        nudge = nudge * kept
+    base = replay()
+    size = float(nudge.double().norm())
+    steps = range(ran[0], ran[-1] + 1)
+    return np.array([float((replay(i) - base).double().norm()) / size for i in steps])

@@ -1,0 +1,1 @@
+"""Turns measurements into policies: the planner, the fit of mix weights, baselines."""

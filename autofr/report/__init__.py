@@ -1,0 +1,1 @@
+"""Tells what was found: Markdown, pictures and one self-contained page."""

@@ -1,0 +1,1 @@
+"""Runs a policy inside a stock pipeline: reuse points, hooks, kept tensors, guidance."""

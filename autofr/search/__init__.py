@@ -1,0 +1,1 @@
+"""Searches policies with Optuna: spaces, studies, evaluation, choice and verification."""

@@ -1,0 +1,96 @@
+"""Choose one of the trials: by FID among the best, held to the budget, no worse than a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from autofr.errors import BudgetError
+from autofr.policy import Policy
+from autofr.runtime.points import Pipe
+from autofr.search.evaluate import Candidate, Evaluator, Score
+from autofr.search.study import Ledger, Record, Settings
+from autofr.search.verify import Verdict, finalists, within_budget
+
+
+@dataclass
+class Chooser:
+    """Chooses among the trials that take at most `target` seconds per call.
+
+    `again(record, seconds)` plans a trial's parameters anew for another time per call, or gives
+    None where there is no front.
+    """
+
+    pipe: Pipe
+    settings: Settings
+    evaluator: Evaluator
+    target: float
+    again: Callable[[Record, float], Candidate | None]
+    on_progress: Callable[[str, int, int], None]
+    scores: dict[str, Score] = field(default_factory=dict)  # by digest
+
+    def choose(self, ledger: Ledger) -> Verdict:
+        """Winner by FID among the finalists, held to the budget by measurement.
+
+        Raises: BudgetError when no trial met the budget, or none keeps it.
+        """
+        records = ledger.records()
+        best = finalists(records, self.target)
+        if not best:
+            raise BudgetError(self._nothing(ledger))
+        ranked = []
+        for done, record in enumerate(best):
+            self.on_progress("choose", done, len(best))
+            found = _candidate_of(record)
+            score = self.score(found)
+            fid = self.evaluator.fid(score)
+            ranked.append((score.error.value if fid is None else fid, record, found))
+        ranked.sort(key=lambda item: item[0])
+        verdict = self._hold([(record, found) for _, record, found in ranked])
+        return self._never_worse(verdict, records)
+
+    def score(self, found: Candidate) -> Score:
+        """A candidate's score on all validation seeds; drawn once."""
+        digest = found.policy.digest
+        if digest not in self.scores:
+            self.scores[digest] = self.evaluator.score(found.policy)
+        return self.scores[digest]
+
+    def _nothing(self, ledger: Ledger) -> str:
+        """Say why nothing can be chosen: what most trials were given up for, and the way out."""
+        said, over = "", ledger.finished()
+        for reason, count in ledger.reasons().most_common(1):
+            said = f" ({count} of {over} trials were given up: {reason})"
+        more = "--trials or --time-limit" if self.settings.time_limit else "--trials"
+        return (
+            f"no trial met the budget {self.settings.budget.text}{said}: raise {more}, or ask for a"
+            " smaller speed-up"
+        )
+
+    def _never_worse(self, verdict: Verdict, records: Sequence[Record]) -> Verdict:
+        """Take a published row instead, if it is nearer to the teacher and keeps the budget too.
+
+        Held to the budget by measurement, the choice may have become faster and worse than it was
+        among the trials.
+        """
+        error = self.score(verdict.found).error.value
+        rows = [r for r in records if "line" in r.notes and r.notes["seconds"] <= self.target]
+        nearer = [r for r in rows if r.notes["line"]["error"]["value"] < error]
+        nearer.sort(key=lambda r: r.notes["line"]["error"]["value"])
+        try:
+            return self._hold([(r, _candidate_of(r)) for r in nearer]) if nearer else verdict
+        except BudgetError:  # none of them, when measured
+            return verdict
+
+    def _hold(self, ranked: Sequence[tuple[Record, Candidate]]) -> Verdict:
+        def on_pair(pairs: int, width: float) -> None:
+            self.on_progress("measure", pairs, pairs + 1)
+
+        return within_budget(self.pipe, self.settings, ranked, self.again, on_pair)
+
+
+def _candidate_of(record: Record) -> Candidate:
+    """The candidate that a trial has scored."""
+    notes = record.notes
+    policy = Policy.model_validate(notes["policy"], strict=False)
+    return Candidate(notes["label"], notes["group"], policy, notes["seconds"])

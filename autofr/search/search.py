@@ -1,0 +1,368 @@
+"""Search a policy for a budget: profile, calibrate, try, choose, verify on held-out seeds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from autofr.errors import AutofrError, BudgetError, MeasurementError
+from autofr.measure.alignment import NOBODY, Judge
+from autofr.measure.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
+from autofr.measure.profiling import Profile, profile
+from autofr.measure.profiling import load as load_profile
+from autofr.memory import size
+from autofr.plan import baselines, correction
+from autofr.plan.planner import out_of_reach
+from autofr.policy import Guidance, Measured, Provenance
+from autofr.runtime import guidance
+from autofr.runtime.families import discover
+from autofr.runtime.points import Pipe, find_denoiser
+from autofr.runtime.sampler import Samples, compose
+from autofr.runtime.start import Starts
+from autofr.search.choose import Chooser
+from autofr.search.compare import conclude, part, policy_row, shared, solver_row
+from autofr.search.decode import Decoded, Frame, decode, fastest_seconds, guesses
+from autofr.search.evaluate import Candidate, Evaluator, check_runs, check_steps, other_solvers
+from autofr.search.result import Result, Row
+from autofr.search.space import largest_gap
+from autofr.search.study import STATE, Ledger, Record, Settings, dump, fixed
+from autofr.search.verify import Verdict, test
+from autofr.task import plain
+
+OnProgress = Callable[[str, int, int], None]
+SAFETY = 0.985  # plan this much below the budget: prediction and measurement differ a little
+FRONT = (1.25, 1.5, 2.0, 3.0)  # speed-ups at which the front is shown
+_log = logging.getLogger("autofr")
+
+
+@dataclass
+class Outcome:
+    """A finished search: the result, and a few images of teacher and policy (same seeds)."""
+
+    result: Result
+    profile: Profile
+    teacher: Samples
+    chosen: Samples
+
+
+@dataclass
+class Search:
+    """One run in one folder. Each stage keeps what it finds, so that a stop loses one trial."""
+
+    pipe: Pipe
+    settings: Settings
+    folder: Path
+    judge: Judge = NOBODY
+    on_progress: OnProgress = lambda stage, done, total: None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        (self.folder / STATE).mkdir(parents=True, exist_ok=True)
+        self._tables: dict[int, Calibration] = {}
+        self._path: correction.Trajectory | None = None
+        self._latent_shape: tuple[int, ...] = ()
+        self._guidance: Guidance = "none"
+        self._notes: list[str] = []  # remarks on what could not be shown
+
+    def run(self) -> Outcome:
+        """Search, choose, verify and test.
+
+        Raises: BudgetError when the budget cannot be met; MeasurementError when the model gives
+            NaN or latency does not settle; ModelError for a pipe that nothing can be planned for.
+        """
+        self._prepare()
+        settings = self.settings
+        ledger = Ledger(self.folder, settings.seed, settings.space.name)
+        self._timed("trials", lambda: self._trials(ledger))
+        ledger.write_csv(self.folder / "trials.csv")
+        self._choice = Chooser(
+            self.pipe, settings, self._evaluator, self._target, self._again, self.on_progress
+        )
+        verdict = self._timed("choose", lambda: self._choice.choose(ledger))
+        rows = self._timed("table", lambda: self._rows(ledger, verdict))
+        measured, samples = self._timed("test", lambda: self._test(verdict))
+        records = ledger.records()
+        policy = verdict.found.policy.model_copy(
+            update={"measured": measured, "provenance": self._provenance(len(records))}
+        )
+        result = conclude(
+            self.pipe,
+            settings,
+            self._profile,
+            records,
+            rows,
+            policy,
+            self.stage_seconds,
+            [*part(self._costs, settings.steps, policy), *shared(self.pipe), *self._notes],
+        )
+        return Outcome(result, self._profile, *samples)
+
+    # -- stages ----------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Refuse what cannot work, and measure what all trials need."""
+        steps, starts = self.settings.steps, Starts(self.pipe)
+        check_steps(self.pipe, steps)
+        check_runs(starts, steps)
+        self._guidance = guidance.of(self.pipe, starts.short(3, steps))
+        self._profile = self._timed("profile", self._measure_profile)
+        self._costs = replace(self._profile.costs, first=starts)
+        self._target = self.settings.budget.seconds_of(self._costs.teacher(steps))
+        self._frame = self._new_frame(SAFETY * self._target)
+        self._check_reach()
+        if largest_gap(self.settings.space) > 1:
+            self._timed("calibrate", lambda: self._calibration(steps))
+        self._solvers = other_solvers(self.pipe, starts.short(2, steps))
+        self._evaluator = self._timed("teacher", self._new_evaluator)
+
+    def _measure_profile(self) -> Profile:
+        """Profile the pipe, or read the profile that is in the folder."""
+        path = self.folder / STATE / "profile.json"
+        if path.exists():
+            return load_profile(path)
+        masks = candidate_masks(discover(find_denoiser(self.pipe)))
+        found = profile(
+            self.pipe,
+            masks,
+            steps=self.settings.steps,
+            batch=self.settings.batch,
+            seeds=self.settings.seeds("calibration")[:4],
+            on_progress=lambda done, total: self.on_progress("profile", done, total),
+        )
+        found.save(path)
+        return found
+
+    def _new_frame(self, seconds: float) -> Frame:
+        return Frame(
+            steps=self.settings.steps,
+            seconds=seconds,
+            costs=self._costs,
+            masks=worth_calibrating(self._profile.masks, self._costs),
+            calibration=self._calibration,
+            point_seconds={p.name: p.skippable_seconds for p in self._profile.points},
+            memory=self._profile.memory(self.settings.keep, self.settings.max_memory),
+        )
+
+    def _check_reach(self) -> None:
+        """Refuse a memory limit or a budget that no policy can keep.
+
+        Raises: BudgetError naming what could work.
+        """
+        memory = self._frame.memory
+        if memory.limit is not None and memory.score > memory.limit:
+            raise BudgetError(
+                f"--max-memory {size(memory.limit)}: every policy keeps at least the score of one"
+                f" keyframe, {size(memory.score)} at batch {self.settings.batch}: allow"
+                f" {memory.score}B or more, or take a smaller --batch"
+            )
+        fastest = fastest_seconds(self.settings.space, self._frame) / SAFETY
+        if fastest > self._target:
+            n = self.settings.steps
+            raise BudgetError(out_of_reach(self._costs, n, self._target, fastest))
+
+    def _calibration(self, steps: int) -> Calibration:
+        """The table of a step count: from memory, from the folder, or measured now."""
+        if steps in self._tables:
+            return self._tables[steps]
+        path = self.folder / STATE / f"calibration-{steps}.npz"
+        if path.exists():
+            self._tables[steps] = Calibration.load(path)
+            return self._tables[steps]
+        self._tables[steps] = calibrate(
+            self.pipe,
+            self.settings.seeds("calibration"),
+            steps,
+            self._frame.masks,
+            max_gap=largest_gap(self.settings.space),
+            batch=self.settings.batch,
+            on_step=lambda done, total: self.on_progress("calibrate", done, total),
+        )
+        self._tables[steps].save(path)
+        return self._tables[steps]
+
+    def _new_evaluator(self) -> Evaluator:
+        found = Evaluator(
+            self.pipe,
+            self.settings.seeds("validation"),
+            self.settings.steps,
+            self.settings.batch,
+            self.judge.features,
+            fine_seeds=self.settings.trial_seeds,
+            on_progress=lambda done, total: self.on_progress("teacher", done, total),
+        )
+        self._latent_shape = tuple(found.teacher.latents.shape[1:])
+        return found
+
+    def candidate(self, decoded: Decoded) -> Candidate:
+        """Write a decoded draft as a policy of this pipe, its mix corrected by rollouts."""
+        draft = decoded.draft
+        policy = compose(
+            self.pipe,
+            self.settings.name,
+            draft.steps,
+            decoded.masks,
+            draft.mix,
+            replaces=self.settings.steps,
+            latent_shape=self._latent_shape,
+            guidance=self._guidance,
+            keep=self.settings.keep,
+        )
+        steps = len(draft.steps)
+        if decoded.rollouts and steps == self.settings.steps:
+            seeds = self.settings.seeds("calibration")
+            self._path = self._path or correction.trajectory(
+                self.pipe, seeds, steps, self.settings.batch
+            )
+            policy = correction.correct(self.pipe, policy, self._path, decoded.rollouts)
+        return Candidate(draft.name, draft.group, policy, decoded.seconds)
+
+    def _published(self) -> dict[str, Decoded]:
+        masks, steps = self._profile.masks, self.settings.steps
+        drafts = baselines.published(masks, self._costs, steps, self._target)
+        return {draft.name: Decoded(draft, masks, draft.seconds(self._costs)) for draft in drafts}
+
+    def _trials(self, ledger: Ledger) -> None:
+        """Run queued trials and the algorithm's, until there are enough or time is up."""
+        rows, settings = self._published(), self.settings
+        ledger.enqueue_rows([*rows])
+        for params in guesses(settings.space):
+            ledger.enqueue(params)
+        scored = {r.notes["digest"]: r for r in ledger.records()}
+        began = time.monotonic()
+        while ledger.waiting() or ledger.proposed() < settings.trials:
+            self.on_progress("trials", ledger.finished(), len(rows) + settings.trials)
+            if settings.time_limit and time.monotonic() - began > settings.time_limit:
+                break
+            if settings.deadline is not None and time.monotonic() > settings.deadline:
+                break
+            trial = ledger.ask()
+            try:
+                name = trial.user_attrs.get("row")
+                decoded = rows[name] if name else decode(settings.space, trial, self._frame)
+                self._score(ledger, trial, self.candidate(decoded), scored)
+            except (BudgetError, MeasurementError) as error:  # of this trial, not of the search
+                ledger.give_up(trial, str(error))
+            except BaseException as error:
+                ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
+                raise
+
+    def _score(
+        self, ledger: Ledger, trial: Any, found: Candidate, scored: dict[str, Record]
+    ) -> None:
+        """Score one trial by rollouts; a policy that was scored before is not run again."""
+        policy = found.policy
+        self._frame.memory.check(policy.steps, policy.masks, policy.mix)
+        digest = policy.digest
+        notes: dict[str, Any] = {"label": found.name, "digest": digest}
+        if twin := scored.get(digest):
+            ledger.tell(trial, twin.value, notes | {"duplicate_of": twin.number})
+            return
+        published = "row" in trial.user_attrs
+        few = self.settings.trial_seeds
+        score = self._evaluator.score(found.policy, None if published else few)
+        value = float(score.errors[:few].mean())
+        notes |= {"group": found.group, "policy": dump(found.policy), "seconds": found.seconds}
+        if published:
+            notes["line"] = dump(policy_row(found, score, self._evaluator, self._costs))
+        ledger.tell(trial, value, notes)
+        scored[digest] = Record(trial.number, trial.params, value, notes)
+
+    # -- showing ---------------------------------------------------------------------------------
+
+    def _again(self, record: Record, seconds: float) -> Candidate | None:
+        """The same parameters at another time per call: the next policy on the front."""
+        if "row" in record.notes:
+            return None
+        frame = replace(self._frame, seconds=seconds)
+        try:
+            return self.candidate(decode(self.settings.space, fixed(record.params), frame))
+        except (BudgetError, MeasurementError):  # beyond what these parameters can reach
+            return None
+
+    def _rows(self, ledger: Ledger, verdict: Verdict) -> list[Row]:
+        """All rows: teacher, published, the planned front, the choice, other solvers."""
+        evaluator, costs, n = self._evaluator, self._costs, self.settings.steps
+        draft = replace(baselines.fewer_steps(n), name="teacher", group="teacher")
+        teacher = self.candidate(Decoded(draft, {}, costs.teacher(n)))
+        rows = [policy_row(teacher, evaluator.teacher_score(), evaluator, costs)]
+        lines = [r.notes["line"] for r in ledger.records() if "line" in r.notes]
+        rows += [Row.model_validate(line) for line in lines]
+        rows += self._front(verdict)
+        chosen = replace(verdict.found, name="chosen", group="chosen")
+        row = policy_row(chosen, self._choice.score(chosen), evaluator, costs)
+        rows.append(row.model_copy(update={"speedup": verdict.timing.ratio}))
+        affordable = max(2, costs.affordable(self._target, n))
+        for done, (name, scheduler) in enumerate(self._solvers.items()):
+            self.on_progress("table", len(FRONT) + done, len(FRONT) + len(self._solvers))
+            with self._optional(f"{name}, {affordable} steps"):
+                score = evaluator.score_solver(scheduler, affordable)
+                rows.append(solver_row(name, affordable, score, evaluator, costs))
+        return rows
+
+    def _front(self, verdict: Verdict) -> list[Row]:
+        """The chosen parameters at other speed-ups; none where the choice has no front."""
+        teacher = self._costs.teacher(self.settings.steps)
+        asked = teacher / self._target
+        rows = []
+        for done, speedup in enumerate(FRONT):
+            self.on_progress("table", done, len(FRONT) + len(self._solvers))
+            if abs(speedup / asked - 1) <= 0.05:
+                continue
+            with self._optional(name := f"planned {speedup:g}x"):
+                found = self._again(verdict.record, SAFETY * teacher / speedup)
+                if found is not None:
+                    found = replace(found, name=name, group="planned")
+                    score = self._choice.score(found)
+                    rows.append(policy_row(found, score, self._evaluator, self._costs))
+        return rows
+
+    @contextmanager
+    def _optional(self, name: str) -> Iterator[None]:
+        """Leave out a row of the table that fails, with a remark: the search has its policy."""
+        try:
+            yield
+        except Exception as error:
+            _log.debug("%s is not shown", name, exc_info=True)
+            kind = "" if isinstance(error, AutofrError) else f"{type(error).__name__}: "
+            self._notes.append(f"{name} is not shown: {kind}{error}.")
+
+    def _test(self, verdict: Verdict) -> tuple[Measured, tuple[Samples, Samples]]:
+        policy = verdict.found.policy
+        return test(
+            self.pipe,
+            policy,
+            verdict.timing,
+            self._costs.teacher(self.settings.steps) / verdict.found.seconds,
+            seeds=self.settings.seeds("test"),
+            steps=self.settings.steps,
+            batch=self.settings.batch,
+            judge=self.judge,
+            on_progress=lambda done, total: self.on_progress("test", done, total),
+            predicted_bytes=self._frame.memory.of(policy.steps, policy.masks, policy.mix),
+        )
+
+    def _provenance(self, trials: int) -> Provenance:
+        return Provenance(
+            autofr=importlib.metadata.version("autofr"),
+            command=self.settings.command,
+            call=plain(self.pipe),
+            space=self.settings.space.name,
+            study=self.folder.name,
+            trials=trials,
+            seconds=round(sum(self.stage_seconds.values()), 1),
+            date=time.strftime("%Y-%m-%d"),
+        )
+
+    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        self.on_progress(stage, 0, 1)
+        found = work()
+        self.stage_seconds[stage] = time.monotonic() - began
+        self.on_progress(stage, 1, 1)
+        return found

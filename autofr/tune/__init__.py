@@ -1,0 +1,1 @@
+"""Many searches from one file of jobs, each in a process of its own."""
