@@ -1,6 +1,7 @@
 # make search               find a policy for a bundled model (MODEL, BUDGET, ARGS)
 # make test                 the quick tests
 # make check                everything a change must pass
+# make schema               write docs/policy.schema.json anew
 # make format               rewrite the code in the house format
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: search install test check format
+.PHONY: search install test check schema format
 
 search: $(STAMP)
 	$(BIN)/autofr search --model $(MODEL) --budget $(BUDGET) $(ARGS)
@@ -38,6 +39,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+schema: $(STAMP)
+	$(BIN)/python -c "from autofr.policy import schema_text; print(end=schema_text())" > docs/policy.schema.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -51,8 +51,21 @@ class RunFolderError(UserError):
     """A results folder that cannot be written, is in use, or holds another run."""
 
 
+class StorageError(UserError):
+    """A database that cannot be reached or used, or a study in it that is another's."""
+
+
 class MeasurementError(AutofrError):
     """A measurement gave no usable number (NaN from the model, latency that does not settle)."""
+
+
+def brief(value: object, most: int = 80) -> str:
+    """A value as a message quotes it: on one line, cut to a length."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits; lists in lists in lists
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def damaged(path: object) -> RunFolderError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autofr import reading
 from autofr.errors import AutofrError, HubError, PolicyError
 from autofr.memory import size
 from autofr.policy import MAX_BYTES, Interval, Measured, Policy, Provenance, load, loads
@@ -221,10 +222,10 @@ def _refusals(place: _Place) -> Iterator[None]:
 def _refusal(error: Exception, place: _Place) -> HubError:
     from huggingface_hub import errors as hub
 
-    site, repository = _endpoint(), place.repository
+    site, repository = _unsigned(_endpoint()), place.repository
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
-    detail = lines[0] if lines else type(error).__name__
+    detail = reading.printable(_unsigned(lines[0] if lines else type(error).__name__), 300)
     kind: type[HubError] = HubError
     match error:
         case hub.GatedRepoError():
@@ -250,6 +251,14 @@ def _refusal(error: Exception, place: _Place) -> HubError:
         case _:
             why = f"{site} refuses ({detail})"
     return kind(f"{place}: {why}")
+
+
+_SECRET = re.compile(r"(?<=//)[^/\s@]+@|\bhf_[\w-]+|(?<=Bearer )[^\s'\"]+", re.ASCII)
+
+
+def _unsigned(text: str) -> str:
+    """A text without tokens, nor the name and password of an address."""
+    return _SECRET.sub("", text)
 
 
 # -- the model card -------------------------------------------------------------------------------

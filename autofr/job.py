@@ -18,11 +18,14 @@ from autofr.runtime.families import discover
 from autofr.runtime.points import Pipe, device_of, dtype_of, find_denoiser, name_of
 from autofr.runtime.start import Starts
 from autofr.search import verify
+from autofr.search.crew import Crew
 from autofr.search.evaluate import check_runs, check_steps
+from autofr.search.folder import Settings, run_folder, spec_of
 from autofr.search.result import Result
 from autofr.search.search import OnProgress, Search
+from autofr.search.shared import Share
 from autofr.search.shelf import shared
-from autofr.search.study import Settings, run_folder, spec_of
+from autofr.task import plain
 
 PROFILE = "profile.json"
 FEW = 8  # images of teacher and policy that the report shows
@@ -35,18 +38,22 @@ def run(
     judge: Judge = NOBODY,
     on_progress: OnProgress = lambda stage, done, total: None,
     shelf: Path | None = None,
+    crew: Crew | None = None,
+    share: Share | None = None,
 ) -> Result:
     """Search in a folder of its own, and leave policy, profile, result and report there.
 
     Where the folder holds the same run, unfinished or finished, that is resumed. `shelf` is a
-    folder of profiles and calibrations that runs of the same pipe share.
+    folder of profiles and calibrations that runs of the same pipe share. Trials are scored here,
+    by a `crew` of children, or with the workers of a study in a database (`share`).
     Raises: RunFolderError when the folder cannot be written, is in use or holds another run;
+        StorageError when the database cannot be used, or its study is another search's;
         BudgetError when the budget cannot be met; MeasurementError when the model gives NaN or
         latency does not settle.
     """
     spec = spec_of(pipe, settings)
     with run_folder(folder, spec), shared(shelf, folder, pipe, settings, spec):
-        found = Search(pipe, settings, folder, judge, on_progress).run()
+        found = Search(pipe, settings, folder, judge, on_progress, crew, share).run()
         on_progress("report", 0, 1)
         found.result.policy.save(folder / "policy.json")
         found.profile.save(folder / PROFILE)
@@ -164,13 +171,15 @@ def evaluate(
 ) -> Measured:
     """Measure a policy on the pipe's device: its speed-up in pairs, what it changes on the seeds.
 
-    What was predicted when it was made is repeated only for the same device, batch and type.
+    What was predicted when it was made is repeated only for the same device, batch, type and call:
+    another strength leaves out other steps.
     Raises: PolicyError when it was made for another pipe; ModelError when too little of a call
         runs; MeasurementError when it draws NaN.
     """
     sampler.check(pipe, policy)
     steps = policy.sampler.replaces
-    check_runs(Starts(pipe), steps)
+    starts = Starts(pipe)
+    check_runs(starts, steps)
     timing = verify.time_policy(
         pipe,
         policy,
@@ -178,9 +187,10 @@ def evaluate(
         batch,
         on_pair=lambda pairs, width: on_progress("measure", pairs, pairs + 1),
     )
-    there = policy.measured
-    here = (profiling.device_name(pipe), batch, dtype_of(pipe))
-    if there and (there.device, there.batch, there.dtype) != here:
+    there, made = policy.measured, policy.provenance.call if policy.provenance else {}
+    skipped = starts(policy.sampler.num_inference_steps) or None
+    here = (profiling.device_name(pipe), batch, dtype_of(pipe), skipped, plain(pipe))
+    if there and (there.device, there.batch, there.dtype, there.skipped_steps, made) != here:
         there = None
     measured, _ = verify.test(
         pipe,

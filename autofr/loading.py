@@ -122,7 +122,7 @@ def _own_rows(loaded: zoo.Loaded, task: str) -> Rows:
     path = loaded.folder / zoo.INPUTS[task] if loaded.folder else None
     if path is None or not path.is_file():
         return []
-    rows = tasks.read_inputs(path)
+    rows = tasks.read_inputs(path, loaded.folder)
     return rows if {*rows[0]} <= {*inspect.signature(loaded.pipe.__call__).parameters} else []
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 KEY, JUMP = "key", "jump"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_WEIGHT = 1000.0
+"""Of a fitted weight, either way: the ridges of our fits keep them below some hundreds, and half
+precision leaves nothing of a score that is the difference of two so many times as large."""
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+Row = Annotated[tuple[Weight, ...], FailFast(), Field(max_length=17)]  # 16 scores are held
 
 
 class Value(BaseModel):
@@ -90,11 +95,13 @@ class Constant(Value):
 class Table(Value):
     """Fitted weights, one row per step: [reduced score, last keyframe's, the one's before, ...].
 
-    The row of a keyframe is empty; the first entry of a jump's row is 0.
+    The first entry of a jump's row is 0. The row of a keyframe is empty, or it mixes too, its own
+    full score in the reduced one's place: what it knows now makes up for the steps before it, as
+    the corrector of UniPC does (arXiv 2302.04867). What it keeps is its own score alone.
     """
 
     kind: Literal["table"] = "table"
-    weights: tuple[tuple[Finite, ...], ...]
+    weights: Annotated[tuple[Row, ...], FailFast()]
 
 
 Family = Sigmoid | HardSigmoid | Linear | Cosine | Step | Constant
@@ -104,12 +111,13 @@ Mix = Annotated[Family | Table, Field(discriminator="kind")]
 def mix_row(step: str, mix: Mix, index: int, steps: int) -> tuple[float, ...]:
     """Weights of [reduced score, last keyframe's, the one's before, ...] at step `index`.
 
-    Empty at keyframes; first entry 0 at jumps, also where λ ≤ 0 turns a mask into one.
+    Empty at keyframes that do not mix; first entry 0 at jumps, also where λ ≤ 0 turns a mask into
+    one.
     """
-    if step == KEY:
-        return ()
     if isinstance(mix, Table):
         return mix.weights[index]
+    if step == KEY:
+        return ()
     share = 0.0 if step == JUMP else mix.weight(index / steps)
     return (1.0,) if share >= 1 else (share, 1 - share) if share > 0 else (0.0, 1.0)
 

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, FailFast, Field, ValidationError, model_validator
 
-from autofr import files
-from autofr.errors import PolicyError
+from autofr import files, reading
+from autofr.errors import PolicyError, brief
 from autofr.mix import JUMP, KEY, Constant, Finite, Mix, Positive, Table, Value, mix_row
 
 VERSION = 1
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 4 * 2**20
 MAX_STEPS = 10_000
+MAX_POINTS = 10_000
+"""Of one mask."""
+MAX_NAME = 200
+"""Characters in the name of a point or a mask."""
 
+
+def _printable(value: Any) -> Any:
+    return reading.printable(value) if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_printable)]
+"""Told and never compared by its characters: what cannot be printed is replaced."""
+Name = Annotated[str, Field(max_length=MAX_NAME, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Names = Annotated[tuple[Name, ...], FailFast()]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 Guidance = Literal["none", "batched", "split"]
 """One branch; several in one call of the denoiser; or a call for each."""
@@ -27,10 +44,10 @@ Guidance = Literal["none", "batched", "split"]
 class Model(Value):
     """Which denoiser the policy is for."""
 
-    name: str
-    denoiser: str
-    fingerprint: str
-    weights: str | None = None
+    name: Text
+    denoiser: Text
+    fingerprint: Text
+    weights: Text | None = None
 
 
 class Sampler(Value):
@@ -40,14 +57,14 @@ class Sampler(Value):
     that asks for it gets this policy too.
     """
 
-    scheduler: str
-    config: dict[str, str | int | Finite | bool | None]
+    scheduler: Text
+    config: dict[Text, Text | Whole | Finite | bool | None]
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     replaces: Annotated[int, Field(ge=1, le=MAX_STEPS)]
-    prediction_type: str
+    prediction_type: Text
     guidance: Guidance = "none"
-    latent_shape: tuple[int, ...]
-    dtype: str
+    latent_shape: Annotated[tuple[Whole, ...], FailFast()]
+    dtype: Text
 
 
 class Keep(Value):
@@ -71,7 +88,7 @@ class Interval(Value):
 class Fid(Value):
     """FID of teacher and policy on the same seeds, and their difference, in named features."""
 
-    features: str
+    features: Text
     teacher: Finite
     policy: Finite
     difference: Interval
@@ -88,7 +105,7 @@ class TextAlignment(Value):
     100 max(cos, 0), mean over the samples.
     """
 
-    towers: str
+    towers: Text
     teacher: Finite
     policy: Finite
     difference: Interval
@@ -103,29 +120,32 @@ class Measured(Value):
     """What was measured when the policy was chosen, with the protocol.
 
     `fid` is None where the model has no feature extractor, `alignment` where it has no towers for
-    it or the samples no prompts; `kept_bytes` is the most that was kept
-    between two steps; predictions are None where they were made for another device, batch or type.
+    it or the samples no prompts; `kept_bytes` is the most that was kept between two steps;
+    predictions are None where they were made for another device, batch, type or call;
+    `skipped_steps` are the first ones that no call ran, as it started from a picture (None where
+    all ran, or an older version did not say).
     """
 
     speedup: Interval
     teacher_seconds: Positive
     policy_seconds: Positive
     predicted_speedup: Positive | None = None
-    batch: Annotated[int, Field(ge=1)]
-    device: str
-    dtype: str
-    threads: Annotated[int, Field(ge=1)]
-    versions: dict[str, str]
-    samples: Annotated[int, Field(ge=1)]
-    seeds: str
+    batch: Count
+    device: Text
+    dtype: Text
+    threads: Count
+    versions: dict[Text, Text]
+    samples: Count
+    seeds: Text
     fid: Fid | None = None
     alignment: TextAlignment | None = None
     trajectory_error: Interval
     psnr: Finite
     low_frequency_error: Finite
     high_frequency_error: Finite
-    kept_bytes: Annotated[int, Field(ge=0)]
-    predicted_bytes: Annotated[int, Field(ge=0)] | None = None
+    kept_bytes: Bytes
+    predicted_bytes: Bytes | None = None
+    skipped_steps: Count | None = None
 
     @property
     def judged(self) -> list[Fid | TextAlignment]:
@@ -136,14 +156,14 @@ class Measured(Value):
 class Provenance(Value):
     """Where the policy comes from; `call` are the plain arguments that all its calls were given."""
 
-    autofr: str
-    command: str
-    call: dict[str, str | bool | int | float] = Field(default_factory=dict)
-    space: str
-    study: str
-    trials: int
+    autofr: Text
+    command: Text
+    call: dict[Text, Text | bool | Whole | Finite] = Field(default_factory=dict)
+    space: Text
+    study: Text
+    trials: Whole
     seconds: Finite
-    date: str
+    date: Text
 
 
 class Policy(Value):
@@ -155,8 +175,8 @@ class Policy(Value):
     autofr_policy: Literal[1] = 1
     model: Model
     sampler: Sampler
-    masks: dict[str, tuple[str, ...]]
-    steps: tuple[str, ...]
+    masks: dict[Name, Annotated[Names, Field(max_length=MAX_POINTS)]]
+    steps: Annotated[Names, Field(max_length=MAX_STEPS)]
     mix: Mix = Constant()
     keep: Keep = Keep()
     measured: Measured | None = None
@@ -177,7 +197,8 @@ class Policy(Value):
                 raise ValueError(f'masks: "{reserved}" is a reserved name')
         for i, step in enumerate(self.steps):
             if step not in known:
-                raise ValueError(f'steps[{i}]: no mask "{step}"; known: {", ".join(sorted(known))}')
+                some = ", ".join(sorted(known)[:8]) + (", ..." if len(known) > 8 else "")
+                raise ValueError(f'steps[{i}]: no mask "{step}"; known: {some}')
         for name, points in self.masks.items():
             if not points:
                 raise ValueError(f'masks["{name}"]: no points')
@@ -193,9 +214,8 @@ class Policy(Value):
         keys = 0
         for i, (step, row) in enumerate(zip(self.steps, table.weights, strict=True)):
             if step == KEY:
+                self._check_keyframe(i, row, keys)
                 keys += 1
-                if row:
-                    raise ValueError(f"mix.weights[{i}]: the row of a keyframe must be empty")
             elif len(row) < 1 or len(row) - 1 > keys:
                 raise ValueError(
                     f"mix.weights[{i}]: {len(row)} weights, expected 1 to {keys + 1}"
@@ -205,6 +225,16 @@ class Policy(Value):
                 raise ValueError(f"mix.weights[{i}]: a jump starts with 0, got {row[0]}")
             elif row[0] == 0 and len(row) < 2:
                 raise ValueError(f"mix.weights[{i}]: 0 alone is no mix; it needs a keyframe's")
+
+    @staticmethod
+    def _check_keyframe(i: int, row: tuple[float, ...], before: int) -> None:
+        if row and not before:
+            raise ValueError(f"mix.weights[{i}]: the row of a keyframe with none before is empty")
+        if row and (not 2 <= len(row) <= before + 1 or row[0] == 0):
+            raise ValueError(
+                f"mix.weights[{i}]: the row of a keyframe is empty, or a weight other than 0 and"
+                f" 1 to {before} more, one per keyframe before"
+            )
 
     @property
     def keyframes(self) -> tuple[int, ...]:
@@ -236,7 +266,8 @@ class Policy(Value):
         step / steps, as in λ(t)): their share stays, to within one step, and with it the speed-up.
         Each interval between keyframes copies the old one in which its keyframe falls, step for
         step by the place in it, with the fitted weights: these extrapolate over the distance of
-        keyframes, so that they do not depend on how long a step is. A weight of a keyframe that is
+        keyframes, so that they do not depend on how long a step is. A keyframe that mixes makes up
+        for what came before it, and so follows the copy of that. A weight of a keyframe that is
         not there yet goes to the oldest that is. λ(t) is a function of r and stays as it is.
         A call for `steps` gets a policy that is longer or shorter than that by the same factor as
         now. Retiming to the present count changes nothing but `measured` and `provenance`.
@@ -258,12 +289,18 @@ class Policy(Value):
             "provenance": None,
         }
         if isinstance(self.mix, Table):
-            changes["mix"] = Table(weights=_rows(self.mix.weights, sources))
+            changes["mix"] = Table(weights=_rows(self.mix.weights, self.keyframes, sources))
         return Policy(**dict(self) | changes)
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON file, atomically."""
-        files.write(Path(path), self.model_dump_json(indent=1) + "\n")
+        """Write the JSON file, atomically.
+
+        Raises: PolicyError when it is too large to be read again.
+        """
+        content = (self.model_dump_json(indent=1) + "\n").encode()
+        if len(content) > MAX_BYTES:
+            raise PolicyError(f"a policy of {len(content)} bytes; {MAX_BYTES} are the most")
+        files.write(Path(path), content)
 
 
 # -- another step count ---------------------------------------------------------------------------
@@ -302,38 +339,44 @@ def _sources(keys: Sequence[int], old: int, new: int) -> list[int]:
     return found
 
 
-def _rows(weights: Sequence[tuple[float, ...]], sources: Sequence[int]) -> tuple[Any, ...]:
-    """Rows of a table for the steps that copy `sources`, cut to the keyframes so far."""
-    keys, rows = 0, []
-    for row in (weights[source] for source in sources):
-        keys += not row  # only a keyframe's is empty
+def _rows(
+    weights: Sequence[tuple[float, ...]], keyframes: Sequence[int], sources: Sequence[int]
+) -> tuple[Any, ...]:
+    """Rows of a table for the steps that copy `sources`, cut to the keyframes before.
+
+    A keyframe has the row of the one that came after what the step before it copies.
+    """
+    rows: list[tuple[float, ...]] = []
+    known, keys = {*keyframes}, 0
+    for index, source in enumerate(sources):
+        row = weights[source]
+        if source in known:
+            after = bisect_right(keyframes, sources[index - 1]) if index else len(keyframes)
+            row = weights[keyframes[after]] if after < len(keyframes) else ()
         rows.append(row if len(row) <= keys + 1 else (*row[:keys], sum(row[keys:])))
+        keys += source in known
     return tuple(rows)
 
 
 # -- the file -------------------------------------------------------------------------------------
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise PolicyError(f'field "{double}" is written twice')
-    return fields
-
-
 def loads(text: str | bytes) -> Policy:
-    """Read a policy from JSON text.
+    """Read a policy from JSON text, in UTF-8 where it is bytes.
 
     Raises: PolicyError naming the field, for any text that is not a valid policy.
     """
+    if len(text) > MAX_BYTES:
+        raise PolicyError(f"larger than {MAX_BYTES >> 20} MiB, not a policy")
     try:
-        fields = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, PolicyError):
-            raise
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        fields = reading.parsed(text)
+    except UnicodeDecodeError:
+        raise PolicyError("not a text file in UTF-8") from None
+    except json.JSONDecodeError as error:
         raise PolicyError(f"not valid JSON ({error}); is the file truncated?") from None
+    except ValueError as error:
+        raise PolicyError(f"not valid JSON ({error})") from None
     if not isinstance(fields, dict):
         raise PolicyError(f"a policy is a JSON object, got {type(fields).__name__}")
     version = fields.get("autofr_policy")
@@ -341,19 +384,13 @@ def loads(text: str | bytes) -> Policy:
         raise PolicyError('no field "autofr_policy": this is not a policy file')
     if version != VERSION or isinstance(version, bool):
         raise PolicyError(
-            f"policy version {version!r}; this autofr reads version {VERSION}: upgrade autofr"
+            f"policy version {brief(version)}; this autofr reads version {VERSION}: upgrade autofr"
             " or export the policy again"
         )
     try:
-        return Policy.model_validate_json(json.dumps(fields))
+        return Policy.model_validate_json(text.encode("utf-8", "replace"))
     except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False)[:8]:
-            place = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{place}: {message}" if place else message)
-        more = len(error.errors()) - len(lines)
-        raise PolicyError("; ".join(lines) + (f"; and {more} more" if more > 0 else "")) from None
+        raise PolicyError(reading.objections(error)) from None
 
 
 def load(path: str | Path) -> Policy:
@@ -363,17 +400,18 @@ def load(path: str | Path) -> Policy:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise PolicyError(f"{path}: larger than {MAX_BYTES >> 20} MiB, not a policy")
-        return loads(path.read_bytes())
+        return loads(reading.content(path, MAX_BYTES))
     except OSError as error:
         raise PolicyError(f"{path}: cannot read the policy ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise PolicyError(f"{path}: not a text file") from None
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from None
 
 
 def schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of the policy file."""
-    return Policy.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Policy.model_json_schema()}
+
+
+def schema_text() -> str:
+    """The schema as it is published, in `docs/policy.schema.json`."""
+    return json.dumps(schema(), indent=1) + "\n"

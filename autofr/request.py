@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from autofr.errors import StorageError
+from autofr.search.address import checked
+
 if TYPE_CHECKING:
     from autofr.measure.alignment import Judge
     from autofr.runtime.points import Pipe
-    from autofr.search.study import Settings
+    from autofr.search.crew import Crew
+    from autofr.search.folder import Settings
+    from autofr.search.shared import Share
 
 
 class Request(BaseModel):
@@ -93,7 +99,7 @@ def prepare(request: Request, command: str) -> Prepared:
         call=request.call,
     )
     from autofr.measure.alignment import load_judge
-    from autofr.search.study import Settings
+    from autofr.search.folder import Settings
 
     settings = Settings(
         name=loaded.name,
@@ -112,3 +118,49 @@ def prepare(request: Request, command: str) -> Prepared:
     )
     folder = request.out or Path("results") / f"{loaded.title}-{budget.text}"
     return Prepared(loaded.pipe, settings, folder, load_judge(loaded.folder, loaded.pipe))
+
+
+# -- help -----------------------------------------------------------------------------------------
+
+
+def check_help(workers: int | None, storage: str | None, study: str | None) -> None:
+    """Refuse before any work what cannot help a search.
+
+    Raises: StorageError saying what goes together.
+    """
+    if workers and storage:
+        raise StorageError(
+            "--workers and --storage: give one of them; with a database, `autofr worker` processes"
+            " score trials, on this machine too"
+        )
+    if study and not storage:
+        raise StorageError("--study: names a study in a database; give that with --storage")
+    if storage:
+        checked(storage)
+
+
+def crew(request: Request, count: int) -> Crew:
+    """So many children of this process, which share its cores."""
+    from autofr.loading import cores
+    from autofr.search.crew import Crew
+
+    threads = max(1, (request.threads or cores()) // count)
+    asked = request.model_copy(update={"threads": threads})
+    return Crew(count, partial(remade, asked.model_dump_json()))
+
+
+def share(request: Request, storage: str, study: str | None) -> Share:
+    """A database where workers take part in a search; they learn there what was asked for."""
+    from autofr.search.shared import Share
+
+    return Share(storage, study, request.model_dump(mode="json", exclude={"out"}))
+
+
+def remade(text: str, **changes: Any) -> tuple[Pipe, Settings]:
+    """The pipe and settings of a request that another process has written as JSON.
+
+    Raises: UserError for whatever cannot be read, found or loaded here.
+    """
+    asked = Request.model_validate_json(text).model_copy(update=changes)
+    prepared = prepare(asked, "")
+    return prepared.pipe, prepared.settings

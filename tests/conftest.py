@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import diffusers
 import pytest
 import torch
+from postgres import postgres, server  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
 

@@ -151,7 +151,7 @@ def test_a_second_order_solver_is_calibrated_at_its_steps(pipe):
     scores = np.stack([flat(score) for score in tape.scores[::2]])
     assert len(tape.calls) == 2 * N - 1 and len(scores) == N
     np.testing.assert_allclose(table.teacher, scores @ scores.T, rtol=1e-5)
-    assert (table.gain > 0).all()
+    assert (table.gain > 0).all() and table.stages == 2
 
 
 def test_nan_is_refused(pipe):
@@ -166,7 +166,7 @@ def test_saving_and_loading_are_inverse(teacher, tmp_path):
     table = teacher[2]
     table.save(tmp_path / "table.npz")
     again = Calibration.load(tmp_path / "table.npz")
-    assert (again.masks, again.norm) == (table.masks, table.norm)
+    assert (again.masks, again.norm, again.stages) == (table.masks, table.norm, 1)
     for name in ("teacher", "cross", "own", "gain"):
         np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
     assert [path.name for path in tmp_path.iterdir()] == ["table.npz"]

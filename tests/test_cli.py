@@ -33,7 +33,7 @@ from autofr.policy import Policy, Provenance, load
 from autofr.report.report import load_result
 from autofr.runtime.families import discover
 from autofr.runtime.sampler import compose
-from autofr.search import study
+from autofr.search import folder as folders
 
 FEW = ["--steps", str(STEPS), "--batch", "2", "--threads", "1"]
 
@@ -54,8 +54,8 @@ def autofr(*words: object) -> Ran:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", ["autofr", *map(str, words)])
         patch.setenv("AUTOFR_DEBUG", "")
-        small = functools.partial(study.Settings, **seeds())
-        patch.setattr(study, "Settings", small)
+        small = functools.partial(folders.Settings, **seeds())
+        patch.setattr(folders, "Settings", small)
         stack.enter_context(work_clock())
         stack.enter_context(few_rows())
         stack.enter_context(contextlib.redirect_stdout(out))
@@ -793,7 +793,7 @@ def test_policies_of_different_teachers_are_not_compared(
 
 def test_inputs_of_a_search_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search knows how many inputs there are; what is drawn from noise alone has none."""
-    asked: list[study.Settings] = []
+    asked: list[folders.Settings] = []
     monkeypatch.setattr(job, "estimate", lambda pipe, settings, _: asked.append(settings) or "")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na boat\n", encoding="utf-8")
     tiny_pipe("ldm").save_pretrained(tmp_path / "ldm")

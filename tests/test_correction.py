@@ -93,16 +93,32 @@ def test_more_rounds_do_not_hurt(pipe):
 
 @pytest.mark.parametrize("steps", PLANS)
 def test_only_the_weights_change(pipe, steps):
-    """Rows keep their shape: empty at keyframes, leading 0 at jumps; the rest is as it was."""
+    """Rows keep their shape, leading 0 at jumps, but for keyframes after other steps: these get one
+    as long as those have, so that nothing more is kept. The rest is as it was.
+    """
     before = policy(pipe, steps)
     after = correct(pipe, before, trajectory(pipe, SEEDS, N))
     assert after.model_copy(update={"mix": before.mix}) == before
     assert Policy.model_validate(after.model_dump()) == after
-    for step, old, new in zip(steps, before.mix.weights, after.mix.weights, strict=True):
-        assert len(old) == len(new) and np.isfinite(new).all()
+    kept = max(map(len, before.mix.weights))
+    for i, (step, new) in enumerate(zip(steps, after.mix.weights, strict=True)):
+        corrects = step == "key" and {*steps[:i]} > {"key"}
+        room = min(kept, steps[:i].count("key") + 1) if corrects else len(before.mix.weights[i])
+        assert len(new) == room and np.isfinite(new).all()
         if step == "jump":
             assert new[0] == 0
-        assert (old == new) == (step == "key")
+        assert (before.mix.weights[i] == new) == (step == "key" and not corrects)
+
+
+def test_keyframes_make_up_for_what_came_before(pipe):
+    """After the correction at a keyframe the path is nearer than the same path without it."""
+    steps = ("key", "key", "jump", "jump", "key", "key")
+    teacher = trajectory(pipe, SEEDS, N)
+    after = correct(pipe, policy(pipe, steps), teacher)
+    rows = tuple(() if step == "key" else after.weights(i) for i, step in enumerate(steps))
+    without = after.model_copy(update={"mix": Table(weights=rows)})
+    found, plain = (distances(pipe, one, teacher) for one in (after, without))
+    assert np.array_equal(found[:4], plain[:4]) and (found[4:] < 0.8 * plain[4:]).all()
 
 
 def test_a_mask_that_is_held_stays_held(pipe):

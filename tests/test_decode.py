@@ -15,6 +15,8 @@ from autofr.measure.calibration import Calibration
 from autofr.measure.latency import Costs
 from autofr.memory import Memory
 from autofr.mix import Constant, Sigmoid, Step, Table
+from autofr.plan import planner
+from autofr.search import decode as decoding
 from autofr.search.decode import Frame, decode, family, fastest_seconds, guesses, mix_name
 from autofr.search.space import SHIPPED, Planned, load_space
 
@@ -185,6 +187,27 @@ def test_settings_of_the_planner_are_kept():
     assert found.rollouts == 1 and found.masks is MASKS
     plain = decode(wide(), Fixed(planned_params(mix="constant")), frame(2.0))
     assert plain.draft.mix == Constant() and plain.rollouts == 0  # a λ(t) is not corrected
+
+
+def test_planning_knows_what_is_corrected(monkeypatch):
+    """Errors that keyframes make up for are planned so only where rollouts will correct the mix."""
+    seen = []
+
+    def noted(calibration, costs, rule, seconds):
+        seen.append(rule.corrected)
+        return planner.plan(calibration, costs, rule, seconds)
+
+    monkeypatch.setattr(decoding, "plan", noted)
+    tables = {steps: replace(table, stages=2) for steps, table in TABLES.items()}
+    for changes, fields in (
+        ({}, {}),
+        ({"rollouts": 0}, {}),
+        ({"mix": "constant"}, {}),
+        ({"steps": 0.6}, {}),
+        ({}, {"calibration": tables.__getitem__}),
+    ):
+        decode(wide(), Fixed(planned_params(**changes)), frame(1.5, **fields))
+    assert seen == [True, False, False, False, False]
 
 
 def test_mask_families():

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 GROUP = typer.main.get_command(app)
 COMMANDS = GROUP.commands  # type: ignore[attr-defined]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER = {"python", "py", "json", "toml"}  # blocks of these languages hold no command lines
 
 
@@ -204,19 +205,64 @@ def test_stages_of_solvers_are_as_the_documents_say() -> None:
         assert len({*solver_steps(solver)}) == steps
 
 
-def test_pictures_and_links_lead_somewhere(readme: str) -> None:
-    """Local links of the README lead to files of the checkout, once there are results."""
-    links = re.findall(r"\]\(([^)#\s]+)\)", readme)
-    local = [link for link in links if "://" not in link]
+def anchors(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_pictures_and_links_lead_somewhere(document: Path) -> None:
+    """Local links lead to files of the checkout (once there are results), and to headings there."""
+    local = re.findall(r"\]\((?![^)]*://)([^)\s]+)\)", document.read_text(encoding="utf-8"))
     if not any((ROOT / "results").glob("*/report.md")):
-        local = [link for link in local if not link.startswith("results/")]
-    assert [link for link in local if not (ROOT / link).exists()] == []
+        local = [link for link in local if "results/" not in link]
+    wrong = []
+    for link in local:
+        name, _, anchor = link.partition("#")
+        place = document.parent / name if name else document
+        known = anchors(place.read_text(encoding="utf-8")) if anchor and place.is_file() else set()
+        if not place.exists() or (anchor and anchor not in known):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_the_index_names_every_page() -> None:
+    """A page of `docs/` is found from its index and from the README."""
+    for text in (DOCUMENTS[0].read_text(), (ROOT / "docs/README.md").read_text()):
+        pages = [path.name for path in DOCUMENTS[1:] if path.name != "README.md"]
+        assert [page for page in pages if f"{page})" not in text] == []
+
+
+def test_options_in_the_documents_exist() -> None:
+    """Every option that a document names is one of a command; and every command is in `docs/`."""
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    params = [param for command in COMMANDS.values() for param in command.params]
+    known = {option for param in params for option in param.opts} | {"--help", "--debug"}
+    prose = {
+        path: re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) for path, text in texts.items()
+    }
+    named = {
+        (path.name, o) for path, text in prose.items() for o in re.findall(r"`.*?(--[a-z-]+)", text)
+    }
+    assert {(name, option) for name, option in named if option not in known} == set()
+    pages = "\n".join(text for path, text in texts.items() if path.parent.name == "docs")
+    assert [name for name in COMMANDS if f"autofr {name}" not in pages] == []
 
 
 def test_the_table_of_results_is_that_of_the_runs(readme: str) -> None:
     """Every number in the table comes from the reference runs."""
     made = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))["text"]()
     assert made in readme
+
+
+def test_the_front_in_the_guide_is_that_of_the_run() -> None:
+    """Errors that the guide weighs budgets with stand in the report that it names."""
+    text = (ROOT / "docs/budget.md").read_text(encoding="utf-8")
+    shown = re.findall(r"[\d.]+ %", "".join(re.findall(r"^\| [\d.]+x \|.*$", text, re.M)))
+    report = (ROOT / "results/ldm4-1.5x/report.md").read_text(encoding="utf-8")
+    assert shown
+    assert [error for error in shown if f"| {error}" not in report] == []
 
 
 def test_public_names_are_documented_in_the_package(readme: str) -> None:

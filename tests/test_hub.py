@@ -399,8 +399,8 @@ def test_a_stranger_is_told_to_log_in(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     [
         (text(POLICY)[:-40], "is the file truncated"),
         (edited(steps=["jump", "key"]).encode(), "steps"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b" " * (MAX_BYTES + 1), "larger than 16 MiB"),
+        (b"\xff\xfe", "not a text file in UTF-8"),
+        (b" " * (MAX_BYTES + 1), "larger than 4 MiB"),
     ],
     ids=["truncated", "invalid", "binary", "large"],
 )

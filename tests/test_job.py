@@ -22,8 +22,8 @@ from autofr.errors import BudgetError, ModelError, PolicyError, RunFolderError
 from autofr.measure.latency import parse_budget
 from autofr.policy import load
 from autofr.report.report import load_result
+from autofr.search.folder import STATE, run_folder, spec_of
 from autofr.search.result import Result
-from autofr.search.study import STATE, run_folder, spec_of
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,11 @@ def test_a_policy_is_measured_again_on_other_seeds(done: Done) -> None:
     assert found.speedup.value == pytest.approx(policy.measured.speedup.value)
 
 
-@pytest.mark.parametrize("change", [{"batch": 3}, {"device": "another"}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"batch": 3}, {"device": "another"}, {"dtype": "float16"}, {"skipped_steps": 1}],
+    ids=str,
+)
 def test_a_prediction_for_other_conditions_is_not_repeated(
     done: Done, monkeypatch: Any, change: dict[str, Any]
 ) -> None:
@@ -182,6 +186,18 @@ def test_a_prediction_for_other_conditions_is_not_repeated(
     other = policy.model_copy(update={"measured": there})
     with work_clock():
         found = job.evaluate(tiny_pipe("ldm"), other, range(70, 72), 2)
+    assert found.predicted_speedup is None and found.predicted_bytes is None
+
+
+def test_a_prediction_for_another_call_is_not_repeated(done: Done) -> None:
+    """A strength or a guidance that was not the search's has another price."""
+    policy = done.result.policy
+    assert policy.provenance is not None and policy.provenance.call == {}
+    made = policy.provenance.model_copy(update={"call": {"strength": 0.4}})
+    with work_clock():
+        found = job.evaluate(
+            tiny_pipe("ldm"), policy.model_copy(update={"provenance": made}), range(70, 72), 2
+        )
     assert found.predicted_speedup is None and found.predicted_bytes is None
 
 

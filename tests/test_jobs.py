@@ -201,6 +201,23 @@ def test_no_path_leads_out_of_the_folder(tmp_path: Path, field: dict[str, Any]) 
     assert f"[[job]] 1: {key}" in said and "leads out of" in said and "--root" in said
 
 
+def test_pictures_of_a_jobs_inputs_stay_in_the_folder_too(tmp_path: Path) -> None:
+    """Rows that a job file asks for take no picture from elsewhere."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "../cat.png"}')
+    (tmp_path / "jobs.toml").write_text('[[job]]\ninputs = "rows.jsonl"\n')
+    with pytest.raises(JobsError, match=r"cat\.png leads out of"):
+        jobs.read_checked(tmp_path / "jobs.toml", root=tmp_path)
+
+
+def test_links_in_the_folder_are_its_owners(tmp_path: Path) -> None:
+    """Results may go through a link that lies in the folder: a job file cannot make one."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "results").symlink_to("../elsewhere")
+    (job,) = plan_of(tmp_path / "root", "[[job]]").jobs
+    assert job.folder == tmp_path / "root/results/ldm4-1.5x"
+
+
 @pytest.mark.parametrize("out", ["../elsewhere", "/tmp", "a/../.."])
 def test_results_stay_in_the_folder_too(tmp_path: Path, out: str) -> None:
     """Only the one who gives the command may put results elsewhere."""
@@ -232,7 +249,7 @@ def test_paths_start_from_the_root(tmp_path: Path) -> None:
         ("", "no [[job]]"),
         ("job = 3", "[[job]] per model"),
         ("job = [3]", "[[job]] 1: expected a table"),
-        ("#" * (jobs.MOST_BYTES + 1), "too large"),
+        ("#" * (jobs.MOST_BYTES + 1), "larger than 0.25 MiB"),
         (f"[[job]]\nseed = {[*range(40)]}\nsteps = {[*range(2, 42)]}", "more than 1000 jobs"),
         ("\n".join(f"[[job]]\nseed = {[*range(n, n + 900)]}" for n in (0, 900)), "split the file"),
         ('[[job]]\nname = "a"\n[[job]]\nname = "A"', "A is also a job of [[job]] 1"),
@@ -298,8 +315,8 @@ def test_a_changed_file_is_another_job(tmp_path: Path) -> None:
 
 
 def test_job_files_in_the_readme_are_job_files(tmp_path: Path) -> None:
-    """What the README shows can be copied."""
-    text = (EXAMPLE.parents[1] / "README.md").read_text(encoding="utf-8")
+    """What the document shows can be copied."""
+    text = (EXAMPLE.parents[1] / "docs/tuning-jobs.md").read_text(encoding="utf-8")
     shown = [content for language, content in blocks(text) if language == "toml"]
     assert shown and all(plan_of(tmp_path, content).jobs for content in shown)
 

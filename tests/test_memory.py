@@ -111,6 +111,22 @@ def test_the_prediction_is_what_a_run_keeps(pipe, name, keep):
     assert patch.run.peak_bytes == found.memory(keep).of(steps, masks, Constant())
 
 
+def test_a_keyframe_that_mixes_keeps_no_more(pipe):
+    """It mixes with scores that are kept anyway: one more only where its row is the longest."""
+    found = profiling.profile(pipe, {}, steps=N, batch=BATCH, seeds=[0, 1])
+    steps = (KEY, KEY, JUMP, JUMP, KEY, KEY)
+    rows = [(), (), (0.0, 1.0, 0.5), (0.0, 1.0, 0.5), (), ()]
+    kept = []
+    for own in ((), (0.9, 0.05, 0.05), (0.9, 0.05, 0.04, 0.01)):
+        mix = Table(weights=(*rows[:5], own))
+        policy = sampler.compose(pipe, "tiny", steps, {}, mix, replaces=N, latent_shape=(3, 8, 8))
+        with sampler.reuse(pipe, policy) as patch:
+            sampler.draw(pipe, range(BATCH), N)
+        assert patch.run.peak_bytes == found.memory().of(steps, {}, mix)
+        kept.append(patch.run.peak_bytes // found.score_bytes)
+    assert kept == [2, 2, 3]
+
+
 @pytest.mark.parametrize("keep", KEEPS[1:])
 def test_storing_kept_tensors_otherwise_changes_little(pipe, keep):
     """Half precision rounds what is reused; the host gives back the very numbers."""

@@ -10,19 +10,21 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import screenshots
 import torch
-from browser import Page, browser, find
+from browser import NAMES, Page, browser, find
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_report import make_measured, make_policy, make_profile, make_result, row
 from typer.testing import CliRunner
 
+from autofr.cli.app import app as commands
 from autofr.cli.results import app
 from autofr.errors import RunFolderError
 from autofr.mix import Sigmoid
 from autofr.policy import Policy
-from autofr.report import before_after, differences, page, policy_chart, result_charts
+from autofr.report import before_after, differences, front, page, policy_chart
 from autofr.report.svg import Axis
 
 HOSTILE = '<script>alert("x")</script>\' onload=alert(1) </title><img src=x onerror=alert(2)>&amp;'
@@ -188,8 +190,10 @@ def test_little_is_needed(tmp_path: Path) -> None:
 def test_older_folders_show_their_sheet_of_samples(tmp_path: Path) -> None:
     """A folder without strips, of an older version, shows the picture that it has."""
     Image.new("RGB", (40, 20)).save(tmp_path / "samples.png")
-    tags = Reader(page.run_page(make_result(), None, tmp_path)).tags
-    assert len([tag for tag, _ in tags if tag == "img"]) == 1
+    found = Reader(page.run_page(make_result(), None, tmp_path))
+    assert len([tag for tag, _ in found.tags if tag == "img"]) == 1
+    assert "no before.png and after.png" in found.text
+    assert "no before.png" not in Reader(page.run_page(make_result(), None, fill(tmp_path))).text
 
 
 def test_every_value_of_the_pictures_can_be_read(run: Path) -> None:
@@ -320,6 +324,31 @@ def test_policies_are_compared_by_command(tmp_path: Path) -> None:
     assert "not the same number of steps" in Reader(out.read_text()).text
 
 
+def test_steps_that_do_not_run_are_told_apart(tmp_path: Path) -> None:
+    """`show` and the page of a call that starts from a picture count the steps that run."""
+    policy = make_policy(measured=make_measured(skipped_steps=6))
+    policy.save(tmp_path / "p.json")
+    said = CliRunner().invoke(commands, ["show", str(tmp_path / "p.json")]).output
+    late = policy.steps[6:]
+    assert "of which 44 run" in said and re.search(r"steps +-{6}[^-]{44}\n", said)
+    assert f"{late.count('key')} key" in said and "keyframes 0" not in said
+    text = page.run_page(make_result(policy=policy), None, tmp_path)
+    assert f"</b> × {late.count('key')}: everything" in text
+    assert len(re.findall(r"<title>step \d+: left out", text)) == 6
+
+
+def test_a_folder_of_older_runs_is_reported(tmp_path: Path) -> None:
+    """Without images, profile and trials, and with one sheet of samples: pages all the same."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(make_result().model_dump_json())
+    Image.new("RGB", (40, 20)).save(tmp_path / "two" / "samples.png")
+    ran = CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
+    assert ran.exit_code == 0 and "cannot be read" not in ran.output
+    assert "no before.png" not in Reader((tmp_path / "one" / "report.html").read_text()).text
+    assert "no before.png" in Reader((tmp_path / "two" / "report.html").read_text()).text
+
+
 # -- as it is seen --------------------------------------------------------------------------------
 
 
@@ -345,7 +374,7 @@ def test_colours_can_be_told_from_the_paper() -> None:
         texts = ("ink", "soft", "chosen", "fewer", "good", "bad")
         assert [(n, on) for n in texts for on in ("paper", "tint") if contrast(n, on) < 4.5] == []
         drawn = [f"m{i}" for i in range(8)] + [f"w{i}" for i in range(4)]
-        drawn += [look for _, look, _ in result_charts.LOOKS.values()] + ["key", "focus"]
+        drawn += [look.colour for look in front.LOOKS.values()] + ["key", "focus"]
         assert [name for name in drawn if contrast(name, "paper") < 3] == []
 
 
@@ -376,6 +405,30 @@ def test_the_page_is_shown_in_light_and_dark(seen: Page, run: Path, tmp_path: Pa
     assert seen.said == []
     assert {url.split(":")[0] for url in seen.asked} <= {"file", "data"}
     assert {url for url in seen.asked if url.startswith("file")} == {(run / "report.html").as_uri()}
+
+
+def test_pictures_of_a_page_are_small(run: Path, tmp_path: Path) -> None:
+    """Both themes, as wide as a README's reader may want to read them."""
+    if find() is None:
+        pytest.skip("no Chromium here: no picture was taken")
+    paths = screenshots.take(run, tmp_path)
+    assert [path.name for path in paths] == ["report-light.png", "report-dark.png"]
+    for path in paths:
+        assert Image.open(path).width == 1200 and 20_000 < path.stat().st_size < 700_000
+
+
+def test_without_a_browser_no_picture_is_taken(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script says so in one line, and is no failure; a folder without a page is one."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["screenshots.py", str(run)])
+    screenshots.main()
+    assert capsys.readouterr().out == f"skipped: no browser here; looked for {', '.join(NAMES)}\n"
+    monkeypatch.setattr("sys.argv", ["screenshots.py", str(run.parent)])
+    with pytest.raises(SystemExit):
+        screenshots.main()
+    assert f"`autofr report {run.parent}` writes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [320, 360, 768])

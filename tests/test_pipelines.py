@@ -844,6 +844,7 @@ def test_a_search_finds_a_policy_for_a_part(
         drawn(pipe, steps=len(found.steps))
     assert sum(patch.counts.values()) == Starts(pipe).runs(len(found.steps))
     assert any("6 run here" in line for line in result.remarks)
+    assert found.measured and found.measured.skipped_steps == len(found.steps) - 6
     assert any("given guidance_scale=3.0, strength=0.6:" in line for line in result.remarks)
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autofr.errors import PolicyError
-from autofr.mix import Constant, Cosine, HardSigmoid, Linear, Sigmoid, Step, Table, mix_row
+from autofr.mix import (
+    MAX_WEIGHT,
+    Constant,
+    Cosine,
+    HardSigmoid,
+    Linear,
+    Sigmoid,
+    Step,
+    Table,
+    mix_row,
+)
 from autofr.policy import (
     Fid,
     Interval,
@@ -23,14 +35,17 @@ from autofr.policy import (
     load,
     loads,
     schema,
+    schema_text,
 )
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+shares = st.floats(-MAX_WEIGHT, MAX_WEIGHT, width=32)
+words = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
 positive = st.floats(2.0**-20, 2.0**20, width=32)
-names = st.text(min_size=1, max_size=8).filter(lambda name: name not in ("key", "jump"))
-points = st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=3).map(tuple)
+names = words.filter(lambda name: name not in ("key", "jump"))
+points = st.lists(words, min_size=1, max_size=3).map(tuple)
 
 
 def sampler(steps, **changes):
@@ -96,15 +111,16 @@ def policies(draw):
         rows: list[tuple[float, ...]] = []
         keys = 0
         for step in steps:
-            keys += step == "key"
-            if step == "key":
+            if step == "key" and (keys == 0 or draw(st.booleans())):
                 rows.append(())
-                continue
-            kept = draw(st.lists(finite, min_size=step == "jump", max_size=keys))
-            first = 0.0 if step == "jump" else draw(finite.filter(bool))
-            rows.append((first, *kept))
+            else:
+                kept = draw(st.lists(shares, min_size=step in ("jump", "key"), max_size=keys))
+                first = 0.0 if step == "jump" else draw(shares.filter(bool))
+                rows.append((first, *kept))
+            keys += step == "key"
         mix = Table(weights=tuple(rows))
-    config = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), finite)
+    wholes = st.integers(-(2**63), 2**63 - 1)
+    config = st.one_of(st.none(), st.booleans(), wholes, st.text(), finite)
     return policy(
         steps,
         masks,
@@ -212,6 +228,13 @@ BAD = {
     "a negative τ": (edited(mix={"kind": "sigmoid", "tau": -1.0}), "mix.sigmoid.tau: "),
     "λ above 1": (edited(mix={"kind": "constant", "value": 1.5}), "mix.constant.value: "),
     "a falling line": (edited(mix={"kind": "linear", "end": -1.0}), "mix.linear: end must be"),
+    "a weight beyond any fit": (
+        edited(mix={"kind": "table", "weights": [[], [1.0], [0.0, 1000.5], []]}),
+        r"mix.table.weights.2.1: .*less than or equal to 1000",
+    ),
+    "a number of 65 bits": (inside("sampler", latent_shape=[2**63]), "sampler.latent_shape.0: "),
+    "a name that moves the cursor": (edited(masks={"m": ["a\x1b[2J"]}), "masks.m.0: .*control"),
+    "a name without end": (edited(masks={"m": ["a" * 201]}), "masks.m.0: .*200 characters"),
     "a text of digits in a table": (
         edited(mix={"kind": "table", "weights": [[], ["12"], [0.0, 1.0], []]}),
         r"mix.table.weights.1.0: ",
@@ -244,15 +267,18 @@ def test_numbers_are_finite(number):
 def test_a_field_written_twice_is_refused():
     """A duplicate key is an error and not silently the last one."""
     text = policy().model_dump_json()
-    with pytest.raises(PolicyError, match='field "steps" is written twice'):
+    with pytest.raises(PolicyError, match="field 'steps' is written twice"):
         loads(text.replace('"steps":', '"steps": [], "steps":'))
-    with pytest.raises(PolicyError, match='field "m" is written twice'):
+    with pytest.raises(PolicyError, match="field 'm' is written twice"):
         loads(text.replace('"m":', '"m": ["z"], "m":'))
 
 
 ROWS = {
     "too few rows": ([[], [1.0], [0.0, 1.0]], r"mix.weights: 3 rows, but there are 4 steps"),
     "weights of a keyframe": ([[1.0], [1.0], [0.0, 1.0], []], r"weights\[0\]: the row of a key"),
+    "a keyframe with nothing": ([[], [1.0], [0.0, 1.0], [0.9]], r"\[3\]: .* 1 to 1 more"),
+    "a keyframe of too many": ([[], [1.0], [0.0, 1.0], [0.9, 0.2, -0.1]], r"\[3\]: .* 1 to 1 more"),
+    "a keyframe without itself": ([[], [1.0], [0.0, 1.0], [0.0, 1.0]], r"\[3\]: .* other than 0"),
     "an empty row": ([[], [], [0.0, 1.0], []], r"mix.weights\[1\]: 0 weights, expected 1 to 2"),
     "more than the keyframes": ([[], [1.0, 0.0, 0.0], [0.0, 1.0], []], r"\[1\]: 3 weights"),
     "a jump with a network": ([[], [1.0], [0.5, 1.0], []], r"weights\[2\]: a jump starts with 0"),
@@ -282,7 +308,7 @@ def test_a_bad_file_is_named(tmp_path):
             load(bad)
     with bad.open("wb") as file:
         file.truncate(2**30)
-    with pytest.raises(PolicyError, match="larger than 16 MiB"):
+    with pytest.raises(PolicyError, match=r"1024 MiB, larger than 4 MiB"):
         load(bad)
 
 
@@ -312,6 +338,35 @@ def test_the_schema_knows_every_field():
     assert found["additionalProperties"] is False
 
 
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    """What stands in docs/ is what is read; `make schema` writes it anew."""
+    assert (DOCS / "policy.schema.json").read_text(encoding="utf-8") == schema_text()
+
+
+def test_the_document_has_every_field() -> None:
+    """docs/policy.md says what each field of the schema means, and no field that is none."""
+    text = (DOCS / "policy.md").read_text(encoding="utf-8")
+    said = {part for word in re.findall(r"`([a-z_.]+)`", text) for part in word.split(".")}
+    parts = [schema(), *schema()["$defs"].values()]
+    fields = {name for part in parts for name in part["properties"]}
+    kinds = {part["properties"]["kind"]["const"] for part in parts if "kind" in part["properties"]}
+    assert fields - said == set() and kinds <= said
+    rows = re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE)
+    listed = {word.split(".")[-1] for row in rows for word in re.findall(r"`([a-z_.]+)`", row)}
+    assert listed - fields - kinds == set()
+
+
+def test_the_documents_example_is_a_policy() -> None:
+    """The example can be copied, and every policy among our results is one."""
+    (example,) = re.findall(r"```json\n(.*?)```", (DOCS / "policy.md").read_text(), re.DOTALL)
+    assert loads(example).keyframes == (0, 3, 5)
+    found = [load(path) for path in (DOCS.parent / "results").glob("*/policy.json")]
+    assert found and all(loads(one.model_dump_json()) == one for one in found)
+
+
 # -- what it means -------------------------------------------------------------------------------
 
 TABLE = Table(weights=((), (0.9, 0.1), (0.0, 1.0), ()))
@@ -325,13 +380,13 @@ def test_keyframes_are_read_off_the_steps():
 @laws
 @given(policies())
 def test_weights_say_what_is_mixed(one):
-    """Empty at keyframes; leading 0 and something held at jumps; λ and 1 - λ at masks."""
+    """What a table says; else λ and 1 - λ at masks, leading 0 at jumps, nothing at keyframes."""
     for i, step in enumerate(one.steps):
         row = one.weights(i)
-        if step == "key":
-            assert row == ()
-        elif isinstance(one.mix, Table):
+        if isinstance(one.mix, Table):
             assert row == one.mix.weights[i]
+        elif step == "key":
+            assert row == ()
         elif step == "jump":
             assert row == (0.0, 1.0)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_train import pictures, same, seeded, stop_watch
 
+from autofr.errors import UserError
 from autofr.zoo import glyphs
 from autofr.zoo.recipes import autoencoder, diffusion, dit, emoji, ldm4, sd, text
 
@@ -205,14 +207,16 @@ def test_half_of_the_times_are_uniform() -> None:
 
 def test_each_phase_has_its_own_latents(tmp_path: Path) -> None:
     """A phase's latents are trained on until its share of the time is over, the next one's then."""
-    line, signs = torch.nn.Conv2d(4, 4, 1), []
+    signs = []
 
-    def predict(model: torch.nn.Module, noisy: torch.Tensor, *_: Any) -> torch.Tensor:
-        signs.append(float(noisy.mean().sign()))
-        return model(noisy)
+    class Line(torch.nn.Conv2d):
+        def forward(self, noisy: torch.Tensor, timestep: torch.Tensor) -> Any:
+            signs.append(float(noisy.mean().sign()))
+            return SimpleNamespace(sample=super().forward(noisy))
 
     phases = [(0.6, torch.full((2, 4, 8, 8), 50.0)), (math.inf, torch.full((3, 4, 8, 8), -50.0))]
-    diffusion.denoiser(line, phases, predict, STEPS, tmp_path, seed=0, lr=1e-3)
+    line = Line(4, 4, 1)
+    diffusion.denoiser(line, phases, lambda *_: {}, STEPS, tmp_path, seed=0, lr=1e-3)
     assert signs == [1.0] * 6 + [-1.0] * 4
 
 
@@ -261,6 +265,16 @@ def test_a_tokenizer_is_the_same_every_time(tokenizer: Any, tmp_path: Path) -> N
         assert other.get_vocab() == tokenizer.get_vocab()
         assert torch.equal(text.encode(other, prompts), text.encode(tokenizer, prompts))
     assert loaded.model_max_length == text.TOKENS
+
+
+@pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer_config.json"])
+def test_towers_that_are_not_all_there_are_named(tokenizer: Any, name: str, tmp_path: Path) -> None:
+    """Half a folder is refused with what is missing, before a library looks for it elsewhere."""
+    text.build_text_encoder(tokenizer).save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"--init .*no {name}, expected a folder that a recipe"):
+        text.load(tmp_path)
 
 
 def test_prompts_are_some_words_of_the_name() -> None:

@@ -10,13 +10,23 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from autofr.errors import RunFolderError
 from autofr.measure.profiling import PointProfile, Profile, Similarity
 from autofr.mix import JUMP, KEY, Constant, Sigmoid, Table
 from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler, TextAlignment
-from autofr.report import report
+from autofr.report import (
+    canvas,
+    front,
+    pictures,
+    policy_chart,
+    profile_charts,
+    report,
+    result_charts,
+    svg,
+)
 from autofr.search.result import Result, Row
 
 
@@ -166,8 +176,10 @@ def make_result(measured: Measured | None = None, **more) -> Result:
     return Result(**(fields | more))
 
 
-def make_profile(names: dict[str, list[str]] | None = None, steps: int = 12) -> Profile:
-    """A profile whose points, given by kind, change most at both ends of the run."""
+def make_profile(
+    names: dict[str, list[str]] | None = None, steps: int = 12, first: int = 0
+) -> Profile:
+    """A profile whose points, given by kind, change most at both ends; calls begin at `first`."""
     names = names or {
         "conv": ["down_blocks.0.resnets.0#conv", "mid_block.resnets.0#conv"],
         "attn": ["mid_block.attentions.0#attn"],
@@ -181,7 +193,7 @@ def make_profile(names: dict[str, list[str]] | None = None, steps: int = 12) -> 
             r = np.linspace(-1, 1, steps)
             one = 0.02 * (k + 1) * rng.uniform(0.6, 1.6) * (1 + 4 * r**2 + 3 * (r > 0.8))
             change = [
-                [float(one[i]) * g if i >= g else None for i in range(steps)]
+                [float(one[i]) * g if i >= first + g else None for i in range(steps)]
                 for g in (1, 2, 3, 4, 5, 6)
             ]
             cosine = [[None if c is None else 1 - c**2 / 4 for c in of_gap] for of_gap in change]
@@ -380,6 +392,79 @@ def test_policy_strip_of_any_length(tmp_path: Path, steps: int, mix: str) -> Non
     """Short and long policies with any mix give a picture of the same width."""
     report.policy_strip(make_policy(steps, mix), tmp_path / "policy.png")
     assert size(tmp_path / "policy.png")[0] == 1950
+
+
+def test_what_is_on_a_front_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both renderers know every look, and draw each row of a panel once, in one order."""
+    looks = front.LOOKS.values()
+    assert {look.marker for look in looks} <= canvas.MARKERS.keys() == svg.MARKERS.keys()
+    assert {look.colour for look in looks} <= canvas.colours().keys()
+    result, drawn = make_result(), []
+    monkeypatch.setattr(pictures, "_mark", lambda ax, mark, floor: drawn.append(mark))
+    report.write(result, tmp_path, None, None, None)
+    panels = [front.errors(result), front.fids(result)]
+    assert drawn == [mark for panel in panels if panel for mark in panel.marks]
+    for panel in panels:
+        drawing = result_charts.panel(panel)
+        assert drawing is not None and panel.marks[-1].row.group == "chosen"
+        assert [one.text for one in drawing.iter("title")] == [mark.says for mark in panel.marks]
+
+
+def test_the_planned_line_only_rises() -> None:
+    """Whoever follows it to the right pays with error; the choice is on it or beaten by a row."""
+    (line, fewer) = front.errors(make_result()).lines.values()
+    errors = [mark.row.error.value for mark in line]
+    assert errors == sorted(errors) and "planned 1.5x" not in {mark.row.name for mark in line}
+    assert "trial 41" in {mark.row.name for mark in line}
+    assert [mark.row.steps for mark in fewer] == [33, 25, 17]
+
+
+@pytest.mark.parametrize(("spread", "log"), [(0.001, False), (0.5, False), (5.0, True)])
+def test_an_axis_does_not_magnify_noise(spread: float, log: bool) -> None:
+    """Values that differ by a thousandth do not fill the axis; a wide range is logarithmic."""
+    rows = [row(f"{k}", "frdiff", 50, 1.5, 0.1, fid=7 * (1 + spread * k)) for k in (0, 1)]
+    panel = front.fids(make_result(rows=rows))
+    assert panel and panel.log == log
+    low, high = panel.up
+    assert low < 7 < 7 * (1 + spread) < high and high / low > 1 + front.NARROW
+    assert all(low <= end <= high for mark in panel.marks for end in (mark.y.low, mark.y.high))
+
+
+def test_a_picture_is_drawn_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What matplotlib's own saving does twice takes most of a report's time."""
+    draw, drawn = Figure.draw, []
+
+    def counted(figure: Figure, *given: object) -> None:
+        drawn.append(figure)
+        draw(figure, *given)
+
+    monkeypatch.setattr(Figure, "draw", counted)
+    report.write(make_result(), tmp_path, make_profile(), None, None)
+    assert len(drawn) == len({*map(id, drawn)}) == len([*tmp_path.glob("*.png")]) == 5
+
+
+def test_steps_that_do_not_run_are_not_counted() -> None:
+    """Calls that start from a picture: charts show the steps that run, whoever measured them."""
+    result, profile = make_result(), make_profile(steps=50, first=6)
+    assert (profile.first, make_profile().first) == (6, 0)
+    policy = report.told(result, profile).policy
+    assert policy.digest == result.policy.digest
+    assert report.told(result, make_profile(steps=50)) == result
+    assert report.told(result, make_profile(steps=40, first=6)) == result
+    steps = policy_chart.does(policy)
+    assert steps[:6] == [policy_chart.OFF] * 6 and steps[6:] == policy_chart.does(result.policy)[6:]
+    counts = {kind.name: kind.steps for kind in policy_chart.kinds(policy)}
+    assert sum(counts.values()) == 50 and counts[policy_chart.OFF] == 6
+    heat = profile_charts.heat_map(profile)
+    assert heat.steps == range(6, 50)
+    assert {len(said.split()) for kind in heat.kinds for *_, said in kind.rows} == {44}
+    masks = profile_charts.mask_rows(profile, policy)
+    assert next(row["steps"] for row in masks if row["name"] == KEY) == counts[KEY]
+    teacher = profile.fixed_seconds + 44 * profile.key_seconds
+    fast = make_measured(teacher_seconds=teacher, skipped_steps=6)
+    bars = profile_charts.bars(profile, policy.model_copy(update={"measured": fast}))
+    assert [bar.name for bar in bars] == ["teacher", "policy"] and bars[0].seconds == "186 ms"
+    assert "50 steps of which 44 run" in profile_charts.setting(profile)
 
 
 def test_profile_shorter_than_its_gaps(tmp_path: Path) -> None:

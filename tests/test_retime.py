@@ -28,10 +28,11 @@ def plans(draw: st.DrawFn) -> Policy:
     replaces = draw(st.integers(max(1, len(steps) // 2), 2 * len(steps)))
     rows: list[tuple[float, ...]] = []
     for index, step in enumerate(steps):
-        keys = steps[: index + 1].count("key")
+        keys = steps[:index].count("key")
         kept = draw(st.integers(int(step == "jump"), keys))
         first = 0.0 if step == "jump" else 0.5
-        rows.append(() if step == "key" else (first, *(1.0 + k for k in range(kept))))
+        plain = step == "key" and not kept
+        rows.append(() if plain else (first, *(1.0 + k for k in range(kept))))
     mix = draw(st.sampled_from([Sigmoid(), Table(weights=tuple(rows))]))
     return policy(
         steps, MASKS, mix=mix, sampler=sampler(len(steps), replaces=replaces), measured=MEASURED
@@ -137,6 +138,21 @@ def test_weights_of_missing_keyframes_go_to_the_oldest() -> None:
     later = policy(steps, MASKS, mix=Table(weights=rows)).retime(4)
     assert later.steps == ("key", "jump", "key", "jump")
     assert later.mix == Table(weights=((), (0.0, 1.0), (), (0.0, 1.5, -0.5)))
+
+
+def test_a_keyframe_that_mixes_follows_what_it_corrects() -> None:
+    """Twice as many steps: each copy of an interval is followed by the row that came after it."""
+    rows = ((), (0.0, 1.0), (0.9, 0.1), (0.0, 1.5, -0.5), (0.8, 0.3, -0.1), (0.0, 2.0, -1.0))
+    one = policy(("key", "jump") * 3, MASKS, mix=Table(weights=rows))
+    later = one.retime(12)
+    assert later.steps == ("key", "jump") * 6
+    found = [later.weights(i) for i in range(0, 12, 2)]
+    # The last interval of the old policy has nothing after it, so its first copy has not either.
+    assert found == [(), (0.9, 0.1), (0.9, 0.1), (0.8, 0.3, -0.1), (0.8, 0.3, -0.1), ()]
+    fewer = policy(("key", "key", "jump", "key"), MASKS, mix=Table(
+        weights=((), (), (0.0, 1.0), (0.7, 0.5, -0.2))
+    )).retime(2)  # fmt: skip
+    assert [len(fewer.weights(i)) <= i + 1 for i in range(2)] == [True, True]
 
 
 def test_a_shorter_policy_stays_shorter() -> None:

@@ -14,6 +14,7 @@ from autofr.policy import Model, Policy
 from autofr.runtime import sampler
 from autofr.runtime.clock import solver_steps
 from autofr.runtime.families import discover
+from autofr.runtime.held import forms
 from autofr.runtime.points import find_denoiser, fingerprint
 from autofr.runtime.recording import record
 
@@ -303,6 +304,70 @@ def test_mix_blends_reduced_and_kept_scores(pipe):
     first, second, reduced = seen[0]
     expected = 0.5 * reduced + 0.3 * second + 0.2 * first
     torch.testing.assert_close(seen[1][2], expected)
+
+
+def outputs_of(pipe, one, steps):
+    """What the denoiser gives at the first steps of a run, always at the same sample."""
+    found = []
+    with sampler.reuse(pipe, one) as patch:
+        pipe.scheduler.set_timesteps(N)
+        sample = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        for t in pipe.scheduler.timesteps[:steps]:
+            found.append(pipe.unet(sample, t).sample)
+            pipe.scheduler.step(found[-1], t, sample)
+    return found, patch.counts
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_keyframe_mixes_and_keeps_its_own(pipe, prediction):
+    """Its row weighs its full score and older ones; what later steps get of it is not mixed."""
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(ddim().config, prediction_type=prediction)
+    rows = ((), (0.0, 1.0), (0.9, 0.3), (0.8, 0.3, -0.1), *[(0.0, 1.0)] * 4)
+    steps = ["key", "jump", "key", "key"] + ["jump"] * 4
+    plain, counts = outputs_of(pipe, policy(pipe, steps), 5)
+    mixed, same = outputs_of(pipe, policy(pipe, steps, mix=Table(weights=rows)), 5)
+    assert counts == same == {"key": 3, "jump": 2}
+    pipe.scheduler.set_timesteps(N)
+    held = [sampled(pipe, output, i, into=True) for i, output in enumerate(plain)]
+    expected = {2: 0.9 * held[2] + 0.3 * held[0], 3: 0.8 * held[3] + 0.3 * held[2] - 0.1 * held[0]}
+    for i, output in enumerate(mixed):
+        wanted = sampled(pipe, expected[i], i, into=False) if i in expected else plain[i]
+        torch.testing.assert_close(output, wanted)
+
+
+def sampled(pipe, value, step, into):
+    """A score at the sample of `outputs_of` as the noise that it stands for, or back."""
+    sample = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    held = forms(pipe.scheduler)
+    if held is None:
+        return value
+    return held[step].noise(sample, value) if into else held[step].score(sample, value)
+
+
+def test_a_keyframe_with_nothing_before_it_does_not_mix(pipe):
+    """Another batch in the middle of a run starts empty: its first keyframe is plain."""
+    rows = ((), (0.9, 0.3), (0.8, 0.2, 0.1), *[(0.0, 1.0)] * 5)
+    steps = ["key"] * 3 + ["jump"] * 5
+    one = policy(pipe, steps, mix=Table(weights=rows))
+    with sampler.reuse(pipe, one):
+        pipe.scheduler.set_timesteps(N)
+        sample = torch.randn(2, 3, 8, 8)
+        pipe.unet(sample, 5)
+        pipe.scheduler.step(sample, pipe.scheduler.timesteps[0], sample)
+        halved = pipe.unet(sample[:1], 5).sample
+    assert torch.equal(halved, pipe.unet(sample[:1], 5).sample)
+
+
+def test_mixing_at_a_keyframe_of_several_calls_is_refused(pipe):
+    """A second-order solver has no one score per step: the run is refused before it starts."""
+    pipe.scheduler = SOLVERS["heun"]()
+    rows = ((), (0.0, 1.0), (0.9, 0.1), *[()] * 5)
+    one = policy(pipe, ["key", "jump"] + ["key"] * 6, mix=Table(weights=rows))
+    with sampler.reuse(pipe, one), pytest.raises(PolicyError, match="keyframe 2, which 2 calls of"):
+        run(pipe)
+    plain = Table(weights=((), (0.0, 1.0), *[()] * 6))
+    with sampler.reuse(pipe, one.model_copy(update={"mix": plain})):
+        assert run(pipe).isfinite().all()
 
 
 def test_shorter_policy_replaces_the_teachers_steps(pipe):

@@ -30,9 +30,11 @@ from autofr.plan import baselines, correction
 from autofr.policy import Interval, Policy, load
 from autofr.runtime import guidance
 from autofr.runtime.sampler import compose, reuse
-from autofr.search import choose, evaluate, search, verify
+from autofr.search import choose, evaluate, search, trials, verify
 from autofr.search.compare import AS_FAST, held_out, remarks, speed
 from autofr.search.evaluate import Evaluator
+from autofr.search.folder import PURPOSES, STATE, Settings, run_folder, spec_of
+from autofr.search.ledger import Ledger, Record
 from autofr.search.result import Result, Row
 from autofr.search.search import SAFETY, Search
 from autofr.search.space import (
@@ -44,7 +46,7 @@ from autofr.search.space import (
     Uniform,
     UniformAxes,
 )
-from autofr.search.study import PURPOSES, STATE, Ledger, Record, Settings, dump, run_folder, spec_of
+from autofr.search.trial import dump
 from autofr.search.verify import Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +207,7 @@ def trials_of(folder: Path) -> Ledger:
     return Ledger(folder, 0, "tiny")
 
 
-def run_in(folder: Path, asked: Settings) -> search.Outcome:
+def run_in(folder: Path, asked: Settings) -> search.Finding:
     """Run a search as the command line does: as the folder's owner."""
     pipe = tiny_pipe()
     with work_clock(), few_rows(), run_folder(folder, spec_of(pipe, asked)):
@@ -222,7 +224,7 @@ class Finished:
     pipe: diffusers.DiffusionPipeline
     settings: Settings
     folder: Path
-    outcome: search.Outcome
+    outcome: search.Finding
     log: Log
 
     @property
@@ -484,14 +486,14 @@ def test_ctrl_c_loses_one_trial_and_nothing_else(tmp_path: Path, monkeypatch: An
     assert set(calls[3:]).isdisjoint(record.notes["digest"] for record in before)
 
 
-@pytest.mark.parametrize("limit", [{"time_limit": 20}, {"deadline": 80}], ids=str)
+@pytest.mark.parametrize("limit", [{"time_limit": 20}, {"deadline": 30}], ids=str)
 def test_out_of_time_no_new_trial_starts(
     limit: dict[str, float], tmp_path: Path, monkeypatch: Any
 ) -> None:
     """After the time limit, or the deadline, the search ends with what it has."""
     now = iter(range(0, 10**6, 7))
-    clock = types.SimpleNamespace(monotonic=lambda: next(now), strftime=search.time.strftime)
-    monkeypatch.setattr(search, "time", clock)
+    clock = types.SimpleNamespace(monotonic=lambda: next(now))
+    monkeypatch.setattr(trials, "time", clock)
     asked = settings(**limit)  # a few looks at the clock
     with work_clock(), few_rows(), pytest.raises(StopIteration):
         Search(tiny_pipe(), asked, tmp_path, on_progress=stop_at("choose")).run()

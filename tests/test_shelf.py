@@ -14,8 +14,8 @@ from test_search import SPACE, settings, tiny_pipe
 
 from autofr.measure.latency import parse_budget
 from autofr.policy import Keep
+from autofr.search.folder import STATE, spec_of
 from autofr.search.shelf import shared
-from autofr.search.study import STATE, spec_of
 
 PIPE = tiny_pipe("ldm")
 FAR = SPACE.model_copy(update={"axes": SPACE.axes.model_copy(update={"max_gap": (2, 5)})})

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from autofr.errors import SpaceError
-from autofr.search.space import SHIPPED, Direct, Planned, Uniform, largest_gap, load_space
+from autofr.search.space import (
+    MAX_BYTES,
+    SHIPPED,
+    Direct,
+    Planned,
+    Uniform,
+    largest_gap,
+    load_space,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +67,8 @@ def test_a_choice_of_two_step_counts_is_no_range(tmp_path):
         (dict(bias="[nan, 0.5]"), "axes.bias.0: "),
         (dict(phase="[-inf, 0.5]"), "axes.phase.0: "),
         (dict(max_gap="[0, 3]"), "axes.max_gap.0: "),
+        (dict(max_gap="[1, 1001]"), "axes.max_gap.1: "),
+        (dict(kind="uniform", interval="[2, 1001]"), "axes.interval.1: "),
         (dict(max_gap="[1.5, 3]"), "axes.max_gap.0: "),
         (dict(first="[0, 3]"), "axes.first.0: "),
         (dict(last="[-1, 3]"), "axes.last.0: "),
@@ -104,6 +114,9 @@ def test_bad_files_are_named(tmp_path, text, message):
     with pytest.raises(SpaceError, match=message) as error:
         load_space(str(path))
     assert str(path) in str(error.value)
+    path.write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(SpaceError, match=r"larger than 0\.0625 MiB"):
+        load_space(str(path))
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(SpaceError, match="not valid TOML"):
         load_space(str(path))

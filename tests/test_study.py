@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,9 @@ from test_search import SPACE, settings, tiny_pipe
 
 from autofr.errors import RunFolderError
 from autofr.measure.latency import parse_budget
-from autofr.search.study import PURPOSES, RETRIES, STATE, Ledger, Spec, run_folder, spec_of
+from autofr.search.folder import PURPOSES, STATE, Spec, run_folder, spec_of
+from autofr.search.ledger import RETRIES, Ledger
+from autofr.search.trial import Outcome
 
 SPEC = Spec(
     model="tiny",
@@ -153,13 +156,24 @@ def test_a_scheduler_that_was_set_otherwise_is_refused(tmp_path: Path) -> None:
     assert said.count(" there, ") == 1
 
 
+def test_another_pipeline_over_the_same_denoiser_is_refused(tmp_path: Path) -> None:
+    """Text to image and image to image share all else that a spec holds."""
+    asked = spec_of(tiny_pipe(), settings())
+    enter(tmp_path / "run", asked)
+    with pytest.raises(RunFolderError) as refusal:
+        enter(tmp_path / "run", asked.model_copy(update={"pipeline": "OtherPipeline"}))
+    assert f"pipeline: {type(tiny_pipe()).__name__} there, OtherPipeline asked" in str(
+        refusal.value
+    )
+
+
 def test_a_folder_of_an_older_version_is_let_in(tmp_path: Path) -> None:
     """A spec that says nothing of the scheduler's settings is compared in all the rest."""
     asked = spec_of(tiny_pipe(), settings())
     enter(tmp_path / "run", asked)
     path = tmp_path / "run" / STATE / "spec.json"
     old = json.loads(path.read_text())
-    del old["scheduler_config"], old["inputs_count"]
+    del old["scheduler_config"], old["inputs_count"], old["pipeline"]
     path.write_text(json.dumps(old))
     enter(tmp_path / "run", asked)
     with pytest.raises(RunFolderError, match="steps: 6 there, 7 asked"):
@@ -270,64 +284,70 @@ def test_a_trial_that_was_running_is_run_again_once(folder: Path) -> None:
 def test_a_queued_trial_is_not_lost_before_it_reads_its_parameters(folder: Path) -> None:
     """Killed between being taken and being decoded, a queued trial keeps what it was to try."""
     book = ledger(folder)
-    book.enqueue({"tau": 30.0, "bias": 0.5})
+    book.guess({"tau": 30.0, "bias": 0.5})
     book.ask()
     _, params = propose(ledger(folder))
     assert params == (30.0, 0.5)
 
 
-def test_a_row_that_was_running_is_run_again_as_a_row(folder: Path) -> None:
-    """A published schedule stays one when it is retried, and is queued once."""
+def row(book: Ledger, name: str, outcome: Outcome | None = None) -> bool:
+    """Score a published schedule, if it is to be scored."""
+    began = book.begin_row(name)
+    if began and outcome:
+        book.add_row(name, outcome, datetime.datetime.now())
+    return began
+
+
+def test_a_row_is_scored_once(folder: Path) -> None:
+    """However often a run resumes, a published schedule that is over is not scored again."""
+    assert row(ledger(folder), "4 steps", Outcome(0.5, {"label": "4 steps"}))
+    assert row(ledger(folder), "3 steps", Outcome(reason="it would keep too much"))
     book = ledger(folder)
-    book.enqueue_rows(["4 steps", "FRDiff M=2"])
-    assert book.ask().user_attrs["row"] == "4 steps"
-    again = ledger(folder)
-    again.enqueue_rows(["4 steps", "FRDiff M=2"])
-    waiting = [again.ask().user_attrs["row"] for _ in range(again.waiting())]
-    assert sorted(waiting) == ["4 steps", "FRDiff M=2"]
+    assert not row(book, "4 steps") and not row(book, "3 steps")
+    (record,) = book.records()
+    assert record.notes == {"row": "4 steps", "label": "4 steps"} and record.value == 0.5
+    assert book.reasons() == {"it would keep too much": 1}
 
 
-@pytest.mark.parametrize("row", [False, True])
-def test_a_trial_that_always_kills_its_process_is_given_up(folder: Path, row: bool) -> None:
+def test_what_always_kills_its_process_is_given_up(folder: Path) -> None:
     """After a few retries what cut the process off stays failed, and the rest goes on."""
-    book = ledger(folder)
-    if row:
-        book.enqueue_rows(["4 steps"])
-    else:
-        book.enqueue({"tau": 30.0, "bias": 0.5})
+    ledger(folder).guess({"tau": 30.0, "bias": 0.5})
     for _ in range(RETRIES + 1):
+        book = ledger(folder)
         assert book.waiting() == 1
         book.ask()  # killed here
-        book = ledger(folder)
-        if row:
-            book.enqueue_rows(["4 steps"])
-    assert book.waiting() == 0
+        assert row(book, "4 steps")  # or here
+    book = ledger(folder)
+    assert book.waiting() == 0 and not row(book, "4 steps")
     assert states(folder) == ["FAIL"] * (RETRIES + 1)
 
 
-def test_rows_and_guesses_are_queued_once(folder: Path) -> None:
-    """However often a run resumes, no published schedule and no guess runs twice."""
+def test_guesses_are_queued_once(folder: Path) -> None:
+    """However often a run resumes, no guess runs twice."""
     for _ in range(3):
         book = ledger(folder)
-        book.enqueue_rows(["4 steps", "FRDiff M=2"])
-        book.enqueue({"tau": 30.0, "bias": 0.5})
-        assert book.waiting() == 3
-    for _ in range(3):
-        trial, _ = propose(book)
-        book.tell(trial, 1.0, {})
+        book.guess({"tau": 30.0, "bias": 0.5})
+        assert book.waiting() == 1
+    trial, _ = propose(book)
+    book.tell(trial, 1.0, {})
     book = ledger(folder)
-    book.enqueue_rows(["4 steps", "FRDiff M=2"])
-    book.enqueue({"tau": 30.0, "bias": 0.5})
-    assert book.waiting() == 0 and len(book.records()) == 3
+    book.guess({"tau": 30.0, "bias": 0.5})
+    assert book.waiting() == 0 and len(book.records()) == 1
 
 
-def test_a_failed_row_is_queued_again(folder: Path) -> None:
-    """A row that an interrupt cut short is no finished one."""
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_failed_trial_is_tried_again(folder: Path, at_once: bool) -> None:
+    """What an interrupt or the death of a child cut short keeps its parameters and its place."""
     book = ledger(folder)
-    book.enqueue_rows(["4 steps"])
-    book.give_up(book.ask(), "KeyboardInterrupt", failed=True)
-    book.enqueue_rows(["4 steps"])
-    assert book.waiting() == 1
+    trial, params = propose(book)
+    if at_once:
+        book.try_again(trial, "its process ended")
+    else:
+        book.give_up(trial, "KeyboardInterrupt", failed=True)
+        book = ledger(folder)
+    again, same = propose(book)
+    assert same == params and again.user_attrs == {"retry_of": 0, "retry": 1}
+    assert book.proposed() == 1
 
 
 def test_a_resumed_run_proposes_something_else(folder: Path) -> None:
@@ -353,22 +373,22 @@ def test_equal_runs_propose_the_same(tmp_path: Path) -> None:
 
 
 def test_only_the_algorithms_trials_count_as_proposed(folder: Path) -> None:
-    """Rows are extra, given-up trials count, failed ones do not."""
+    """Rows and retries are extra; what was given up or is to be tried again counts once."""
     book = ledger(folder)
-    book.enqueue_rows(["4 steps"])
-    book.tell(book.ask(), 1.0, {})
+    row(book, "4 steps", Outcome(1.0, {}))
     book.tell(propose(book)[0], 1.0, {})
     book.give_up(propose(book)[0], "no plan meets the budget")
-    book.give_up(propose(book)[0], "KeyboardInterrupt", failed=True)
-    assert book.proposed() == 2
-    assert len(book.records()) == 2
+    book.try_again(propose(book)[0], "its process ended")
+    assert book.proposed() == 3 and book.more(4) and book.more(3)  # one waits
+    book.tell(propose(book)[0], 1.0, {})
+    assert book.proposed() == 3 and book.more(4) and not book.more(3)
+    assert len(book.records()) == 3
 
 
 def test_the_table_of_trials_has_a_line_for_each(folder: Path) -> None:
     """`trials.csv` tells every trial's state, value, parameters and reason."""
     book = ledger(folder)
-    book.enqueue_rows(["4 steps"])
-    book.tell(book.ask(), 0.5, {"label": "4 steps", "digest": "d0"})
+    row(book, "4 steps", Outcome(0.5, {"label": "4 steps", "digest": "d0"}))
     trial, params = propose(book)
     book.tell(trial, 0.25, {"label": "planned, fit2", "digest": "d1"})
     book.tell(propose(book)[0], 0.5, {"label": "again", "digest": "d0", "duplicate_of": 0})

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_without_an_average_the_last_weights_are_returned(tmp_path: Path) -> Non
     assert same(fit(tmp_path), saved(tmp_path)["module"])
 
 
+def test_kept_moments_come_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they were trained: a device that is not here any more is no failure."""
+    load = torch.load
+
+    def elsewhere(path: Path, map_location: str | None = None, **more: Any) -> Any:
+        return load(path, map_location=map_location or "meta", **more)
+
+    monkeypatch.setattr(torch, "load", elsewhere)
+    torch.save({"seconds": 1.0, "weights": {"a": torch.ones(2)}}, tmp_path / "line-1.pt")
+    ((seconds, weights),) = loop.kept(tmp_path, "line")
+    assert seconds == 1.0 and torch.equal(weights["a"], torch.ones(2))
+
+
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
     """It rises to the peak, then falls to the floor, without a jump, and stays there."""
     rates = [loop.learning_rate(i / 1000, 2.0, warmup=0.1, floor=0.05) for i in range(1001)]
@@ -297,8 +311,9 @@ def test_what_no_recipe_exported_is_not_trained_on(
     [
         (["nonsense"], "recipes: ldm4, dit, sd"),
         (["ldm4", "--init", "nowhere"], "autofr: --init nowhere: expected a folder"),
+        (["dit", "--device", "nonsense"], "autofr: --device nonsense: no such device; cpu or cuda"),
     ],
-    ids=["recipe", "init"],
+    ids=["recipe", "init", "device"],
 )
 def test_refusals_are_no_tracebacks(
     arguments: list[str],

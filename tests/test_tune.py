@@ -22,7 +22,8 @@ from test_search import few_rows, settings, tiny_pipe, work_clock
 
 from autofr.errors import JobsError
 from autofr.policy import load
-from autofr.search import search, study
+from autofr.search import folder as folders
+from autofr.search import search
 from autofr.tune import child, jobs, tune
 from autofr.tune.tune import GRACE
 
@@ -255,8 +256,8 @@ def small() -> Iterator[Counter[str]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch, work_clock(), few_rows():
-        kind = functools.partial(study.Settings, **{name: getattr(few, name) for name in names})
-        patch.setattr(study, "Settings", kind)
+        kind = functools.partial(folders.Settings, **{name: getattr(few, name) for name in names})
+        patch.setattr(folders, "Settings", kind)
         patch.setattr("autofr.report.report.write", lambda *_: [])
         for name in ("profile", "calibrate"):
             patch.setattr(search, name, counted(name))

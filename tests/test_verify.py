@@ -20,14 +20,15 @@ from autofr.policy import Interval, Policy
 from autofr.runtime.sampler import compose
 from autofr.search import verify
 from autofr.search.evaluate import Candidate
-from autofr.search.study import Record
+from autofr.search.ledger import Record
 from autofr.search.verify import NEAR, finalists, within_budget
 from autofr.task import Task
 
 
 def record(number: int, value: float, seconds: float, **notes: Any) -> Record:
     """A finished trial."""
-    return Record(number, {"tau": float(number)}, value, {"seconds": seconds, **notes})
+    notes = {"digest": f"d{number}", "seconds": seconds} | notes
+    return Record(number, {"tau": float(number)}, value, notes)
 
 
 def policy(steps: Sequence[str] = ("key", "jump") * 3, mix: Constant | None = None) -> Policy:
@@ -62,7 +63,7 @@ def test_finalists_meet_the_time_and_are_near_the_best() -> None:
 def test_finalists_are_few_different_and_sorted() -> None:
     """At most three, the best first, and no policy twice."""
     records = [record(i, 0.02 - i * 1e-4, 1.0) for i in range(5)]
-    records.append(record(5, 0.0196, 1.0, duplicate_of=4))
+    records.append(record(5, 0.0196, 1.0, digest="d4"))
     assert [r.number for r in finalists(records, 1.0)] == [4, 3, 2]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autofr import hub
-from autofr.cli import console, places, policies, results, tuning
+from autofr.cli import console, places, policies, results, tuning, worker
 from autofr.cli.options import (
     Batch,
     Budget,
@@ -34,13 +34,17 @@ from autofr.cli.options import (
     Seed,
     Space,
     Steps,
+    Storage,
+    Study,
     Task,
     Threads,
     TimeLimit,
     Trials,
+    Workers,
 )
 from autofr.errors import AutofrError
-from autofr.request import Request, prepare
+from autofr.request import Request, check_help, crew, prepare, share
+from autofr.search.address import redacted
 
 if TYPE_CHECKING:
     from autofr.measure.alignment import Judge
@@ -63,6 +67,7 @@ app = typer.Typer(
 app.add_typer(results.app)
 app.add_typer(policies.app)
 app.add_typer(tuning.app)
+app.add_typer(worker.app)
 
 
 @app.callback()
@@ -151,13 +156,17 @@ def search(
     keep_dtype: KeepDtype = None,
     keep_on_host: KeepOnHost = False,
     max_memory: MaxMemory = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    study: Study = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Find the policy that meets a budget on this device and changes the images least.
 
-    Stopping it (Ctrl-C, even kill -9) loses at most the running trial: the same command resumes.
+    Stopping it (Ctrl-C, even kill -9) loses at most the running trials: the same command resumes.
+    With --storage, `autofr worker` on any number of machines scores trials too.
 
     Example: `autofr search --model ldm4 --budget 1.5x`
     """
@@ -181,7 +190,8 @@ def search(
         max_memory=max_memory,
         out=out,
     )
-    found = prepare(asked, shlex.join(["autofr", *sys.argv[1:]]))
+    check_help(workers, storage, study)
+    found = prepare(asked, redacted(shlex.join(["autofr", *sys.argv[1:]])))
     from autofr import job
     from autofr.report import report
 
@@ -190,7 +200,15 @@ def search(
         typer.echo(job.estimate(pipe, settings, folder))
         return
     with console.progress() as on_progress:
-        result = job.run(pipe, settings, folder, found.judge, on_progress)
+        result = job.run(
+            pipe,
+            settings,
+            folder,
+            found.judge,
+            on_progress,
+            crew=crew(asked, workers) if workers else None,
+            share=share(asked, storage, study) if storage else None,
+        )
     if as_json:
         typer.echo(result.model_dump_json(indent=1))
         return
@@ -230,7 +248,7 @@ def evaluate(
 
     loaded = load(model, device, dtype, threads, task, inputs, call=call or ())
     from autofr import job
-    from autofr.search.study import Seeds
+    from autofr.search.folder import Seeds
 
     _say_other_calls(loaded.pipe, policies)
     rows = getattr(loaded.pipe, "rows", 0)
@@ -330,9 +348,9 @@ def main() -> None:
         if os.environ.get("AUTOFR_DEBUG"):
             raise
         if isinstance(error, AutofrError):
-            console.say(f"autofr: {error}")
+            console.say(f"autofr: {redacted(str(error))}")
             sys.exit(error.exit_code)
-        console.say(f"autofr failed: {type(error).__name__}: {error}")
+        console.say(f"autofr failed: {type(error).__name__}: {redacted(str(error))}")
         console.say("(autofr --debug shows the traceback)")
         sys.exit(1)
 

@@ -233,18 +233,21 @@ def _against(found: Fid | TextAlignment, by: str) -> str:
 
 def words(policy: Policy) -> list[str]:
     """Say what a policy does, line by line; the steps as a strip of letters."""
-    steps, n = policy.steps, len(policy.steps)
+    n, first = len(policy.steps), (policy.measured and policy.measured.skipped_steps) or 0
+    steps = policy.steps[first:]
     marks = {"key": "K", "jump": "·"}
     letters = dict.fromkeys(policy.masks, "?") | dict(zip(policy.masks, LETTERS, strict=False))
-    strip = "".join(marks.get(step) or letters[step] for step in steps)
+    run = f", of which {n - first} run: the calls start from a picture" if first else ""
+    strip = "-" * first + "".join(marks.get(step) or letters[step] for step in steps)
     counts = {name: steps.count(name) for name in dict.fromkeys(steps)}
     lines = [
         f"model     {policy.model.name} ({policy.model.denoiser}, {policy.model.fingerprint})",
-        f"sampler   {policy.sampler.scheduler}, {n} steps for a call of {policy.sampler.replaces}",
+        f"sampler   {policy.sampler.scheduler}, {n} steps for a call of"
+        f" {policy.sampler.replaces}{run}",
         f"steps     {strip}",
         "          " + ", ".join(["K key", "· jump", *(f"{v} {k}" for k, v in letters.items())]),
         "counts    " + ", ".join(f"{count} {name}" for name, count in counts.items()),
-        f"keyframes {', '.join(map(str, policy.keyframes))}",
+        f"keyframes {', '.join(str(key) for key in policy.keyframes if key >= first)}",
         f"mix       {policy.mix.kind}",
     ]
     for name, points in policy.masks.items():

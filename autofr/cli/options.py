@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from autofr.search.address import ENVIRONMENT
+
 Model = Annotated[str, typer.Option(help="bundled name, local diffusers folder, or hub id")]
 Budget = Annotated[str, typer.Option(help="speed-up such as 1.5x, or time per call such as 180ms")]
 Space = Annotated[str, typer.Option(help="default, frdiff, direct, or a TOML file")]
@@ -50,6 +52,18 @@ KeepOnHost = Annotated[bool, typer.Option("--keep-on-host", help="store kept ten
 MaxMemory = Annotated[
     str | None, typer.Option(help="most that may be kept on the device, such as 200MB")
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="processes that score trials; default this one alone")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        envvar=ENVIRONMENT,
+        metavar="URL",
+        help="PostgreSQL database that workers share: postgresql://USER@HOST/DATABASE",
+    ),
+]
+Study = Annotated[str | None, typer.Option(help="name of the study in the database")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done, and about how long")
 ]

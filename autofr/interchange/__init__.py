@@ -6,12 +6,12 @@ Roblox/SmoothCache, AniAggarwal/ecad, vipshop/cache-dit and Westlake-AGI-Lab/Bud
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from autofr import reading
 from autofr.errors import InterchangeError
 from autofr.interchange import blocks, components, deepcache
 from autofr.interchange.schedule import Plan, Target
@@ -81,7 +81,7 @@ def read(
         plan, masks = READERS[kind](_parsed(source), target)
     except InterchangeError as error:
         place = f"{source} ({kind})" if isinstance(source, Path) else f"{kind} schedule"
-        raise InterchangeError(f"{place}: {error}") from None
+        raise InterchangeError(f"{place}: {reading.printable(str(error), 500)}") from None
     return compose(pipe, name, plan, masks, Constant(), replaces=steps, latent_shape=latent_shape)
 
 
@@ -107,16 +107,14 @@ def _parsed(source: str | Path) -> Any:
     if re.fullmatch(r"[0-9\s,]+", text):
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return reading.parsed(text)
+    except ValueError as error:
         raise InterchangeError(f"not valid JSON ({error})") from None
 
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InterchangeError(f"larger than {MAX_BYTES >> 20} MiB, not a schedule")
-        data = path.read_bytes()
+        data = reading.content(path, MAX_BYTES)
     except OSError as error:
         raise InterchangeError(f"cannot be read ({error.strerror})") from None
     if path.suffix in (".pt", ".pth", ".pkl") or data.startswith((b"PK\x03\x04", b"\x80")):

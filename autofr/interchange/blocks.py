@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autofr.errors import InterchangeError
+from autofr.errors import InterchangeError, brief
 from autofr.interchange.schedule import Plan, Target, alternating, bits, numbers, reused, shown
 from autofr.policy import Policy
 
@@ -32,7 +32,8 @@ def read_budcache(data: Any, target: Target) -> Plan:
     cached = numbers(data, 'the cached steps, [3, 5, 6] or {"cache_step": [3, 5, 6]}')
     if late := [step for step in cached if step >= target.steps]:
         raise InterchangeError(f"cached step {late[0]}, but {target.steps - 1} is the last step")
-    computed = [step not in set(cached) for step in range(target.steps)]
+    held = {*cached}
+    computed = [step not in held for step in range(target.steps)]
     lists = _lists(target)
     return alternating(computed, "stack", _points(lists, _blocks(lists)))
 
@@ -49,7 +50,7 @@ def read_cache_dit(data: Any, target: Target) -> Plan:
             " every run decides for itself what it reuses"
         )
     if config.get("cache_type", "DBCache") != "DBCache":
-        raise InterchangeError(f"cache_type {config['cache_type']!r}: only DBCache is known")
+        raise InterchangeError(f"cache_type {brief(config['cache_type'])}: only DBCache is known")
     if forecasts := [key for key in FORECASTS if config.get(key)]:
         raise InterchangeError(f"{forecasts[0]}: autofr reuses tensors and does not forecast them")
     # Fn is 8 for cache-dit where a configuration does not say it.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from autofr.errors import InterchangeError
+from autofr.errors import InterchangeError, brief
 from autofr.interchange.schedule import Plan, Target, bits, check_count, shown
 from autofr.mix import KEY
 
@@ -31,7 +31,7 @@ SHAPE = '{"cache_schedule": {"schedule": {step: {block: {component: true or fals
 def read_smoothcache(data: Any, target: Target) -> Plan:
     """Read a list of 0 and 1 for each kind of sub-layer, or for one of a numbered block."""
     if not isinstance(data, dict) or not data:
-        raise InterchangeError(f'expected {{"attn1": [1, 0, ...], ...}}, got {data!r:.60}')
+        raise InterchangeError(f'expected {{"attn1": [1, 0, ...], ...}}, got {brief(data)}')
     lists = {key: bits(value, target.steps, key) for key, value in data.items()}
     computed: dict[str, Sequence[bool]] = {}
     meant: dict[str, None] = {}
@@ -61,7 +61,7 @@ def read_ecad(data: Any, target: Target) -> Plan:
     schedule = data.get("cache_schedule") if isinstance(data, dict) else None
     table = schedule.get("schedule") if isinstance(schedule, dict) else None
     if not isinstance(table, dict) or not all(re.fullmatch(r"[0-9]{1,5}", key) for key in table):
-        raise InterchangeError(f"expected {SHAPE}, got {data!r:.60}")
+        raise InterchangeError(f"expected {SHAPE}, got {brief(data)}")
     rows = {int(step): row for step, row in table.items()}
     check_count(len(rows), target.steps, "schedule")
     modules = _sub_layers(target)
@@ -94,7 +94,7 @@ def _said(step: int, row: Any, target: Target) -> Iterator[tuple[str, bool]]:
         for part, now in parts.items():
             if part not in PARTS or not isinstance(now, bool):
                 raise InterchangeError(
-                    f"step {step}, block {block}: {part} = {now!r:.40}; expected true or false for"
+                    f"step {step}, block {block}: {part} = {brief(now)}; expected true or false for"
                     f" {', '.join(PARTS)}"
                 )
             if part not in INNER:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autofr.errors import InterchangeError
+from autofr.errors import InterchangeError, brief
 from autofr.interchange.schedule import Plan, Target, alternating, numbers, reused, shown
 from autofr.policy import Policy
 
@@ -16,11 +16,11 @@ def read(data: Any, target: Target) -> Plan:
     """Read interval and branch; `skip_mode` is "uniform", the only one that DeepCache has."""
     if isinstance(data, dict):
         if data.get("skip_mode", "uniform") != "uniform":
-            raise InterchangeError(f'skip_mode {data["skip_mode"]!r}: only "uniform" is known')
+            raise InterchangeError(f'skip_mode {brief(data["skip_mode"])}: only "uniform" is known')
         data = [data.get("cache_interval"), data.get("cache_branch_id", 0)]
     found = numbers(data, SHAPE)
     if len(found) != 2 or found[0] < 1:
-        raise InterchangeError(f"expected {SHAPE}, got {data!r:.60}")
+        raise InterchangeError(f"expected {SHAPE}, got {brief(data)}")
     interval, branch = found
     known = branches(target)
     if branch not in known:

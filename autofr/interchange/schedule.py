@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from autofr.errors import InterchangeError
+from autofr.errors import InterchangeError, brief
 from autofr.mix import JUMP, KEY, executed
 from autofr.policy import Policy
 from autofr.runtime.points import Point
@@ -54,7 +54,7 @@ def numbers(value: Any, shape: str) -> list[int]:
         with suppress(ValueError):  # thousands of digits
             value = [int(word) for word in re.findall(r"[0-9]+", value)]
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-        raise InterchangeError(f"expected {shape}, got {value!r:.60}")
+        raise InterchangeError(f"expected {shape}, got {brief(value)}")
     return value
 
 
@@ -68,7 +68,7 @@ def bits(value: Any, steps: int, what: str) -> list[bool]:
     known = isinstance(value, list) and all(type(n) in (int, bool) for n in value)
     if not known or not set(value) <= {0, 1}:
         raise InterchangeError(
-            f"{what}: expected a list of 1 (compute) and 0 (reuse), got {value!r:.60}"
+            f"{what}: expected a list of 1 (compute) and 0 (reuse), got {brief(value)}"
         )
     check_count(len(value), steps, what)
     return [bool(n) for n in value]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from autofr.errors import ModelError
-from autofr.measure.quality import Encoder, Features, load_features
+from autofr.measure.quality import Encoder, Features, channels_of, load_features
 from autofr.runtime.points import Pipe
 from autofr.task import Task
 
@@ -120,9 +120,9 @@ def read_towers(folder: Path) -> tuple[Encoder, torch.Tensor] | None:
     try:
         state = {name: value.float() for name, value in load_file(path).items()}
         projection = state.pop(PROJECTION)
-        image = Encoder(len(projection))
+        image = Encoder(channels_of(projection))
         image.load_state_dict({name.removeprefix(IMAGE): one for name, one in state.items()})
-    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise _damaged(folder, error) from None
     return image.eval(), projection
 

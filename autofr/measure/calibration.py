@@ -7,17 +7,18 @@ the teacher's, so the table stays small and every mix can be tried without the n
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from autofr import files, reading
 from autofr.errors import MeasurementError, damaged
 from autofr.measure.latency import Costs
 from autofr.runtime import guidance
@@ -30,6 +31,8 @@ from autofr.runtime.recording import Tape, record
 from autofr.runtime.sampler import batches, draw
 
 Masks = Mapping[str, tuple[str, ...]]
+MAX_BYTES = 2**31
+"""Of a calibration, unpacked."""
 _log = logging.getLogger("autofr")
 
 
@@ -92,7 +95,9 @@ class Calibration:
     score with itself. Entries that no keyframe reaches are NaN. `gain` (N,): how a unit error of
     the score at a step moves the final latents. `norm`: mean squared norm of the final latents.
     `switch`: the step at which a second denoiser takes over; 0 where there is one only.
-    Steps are those that run: the `first` of a call are left out where it starts from a picture.
+    `stages`: the most calls of the denoiser, per guidance branch, that make up a step after the
+    first one. Steps are those that run: the `first` of a call are left out where it starts from a
+    picture.
     """
 
     masks: tuple[str, ...]
@@ -103,6 +108,7 @@ class Calibration:
     norm: float
     switch: int = 0
     first: int = 0
+    stages: int = 1
 
     @property
     def steps(self) -> int:
@@ -120,13 +126,13 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write an .npz file, atomically."""
-        part = path.with_suffix(".part.npz")
+        packed = io.BytesIO()
         np.savez_compressed(
-            part, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
+            packed, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
             own=self.own, gain=self.gain, norm=self.norm, switch=self.switch,
-            first=self.first,
+            first=self.first, stages=self.stages,
         )  # fmt: skip
-        part.replace(path)
+        files.write(path, packed.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -135,14 +141,30 @@ class Calibration:
         Raises: RunFolderError when the file is damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(
-                    tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
-                    file["gain"], float(file["norm"]), int(file["switch"]),
-                    int(file["first"]) if "first" in file else 0,  # runs of older versions
-                )  # fmt: skip
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            file = reading.arrays(path, MAX_BYTES)
+            found = cls(
+                tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
+                file["gain"], float(file["norm"]), int(file["switch"]),
+                int(file["first"]) if "first" in file else 0,  # runs of older versions
+                int(file["stages"]) if "stages" in file else 1,
+            )  # fmt: skip
+            found._check_shapes()
+            return found
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise damaged(path) from None
+
+    def _check_shapes(self) -> None:
+        """Refuse arrays that do not belong together.
+
+        Raises: ValueError.
+        """
+        M, N, G = self.own.shape
+        shapes = [one.shape for one in (self.teacher, self.cross, self.gain)]
+        numbers = (self.teacher, self.cross, self.own, self.gain)
+        if shapes != [(N, N), (M, N, G, N), (N,)] or len(self.masks) != M or N < 1:
+            raise ValueError("shapes differ")
+        if not all(np.issubdtype(one.dtype, np.floating) for one in numbers):
+            raise ValueError("not numbers")
 
 
 @torch.inference_mode()
@@ -188,6 +210,7 @@ def _together(parts: Sequence[Calibration]) -> Calibration:
         norm=sum(part.norm for part in parts),
         switch=first.switch,
         first=first.first,
+        stages=first.stages,
     )
 
 
@@ -203,7 +226,8 @@ def _calibrate(
     with record(pipe, calls=True) as tape:
         draw(pipe, seeds, steps)
     guidance.check_plannable(pipe, tape)
-    teacher = _Teacher(tape, len(seeds))
+    drawn = tape.drawn()
+    teacher = _Teacher(tape, len(seeds), drawn)
     n, m = teacher.steps, len(masks)
     scores = torch.stack([teacher.score(i) for i in range(n)])
     if not bool(scores.isfinite().all()):
@@ -226,17 +250,18 @@ def _calibrate(
         patch.remove()
     products = (scores @ scores.T).cpu().numpy()
     final = teacher.drawn(tape.latents[-1][: len(seeds)].double().flatten())
-    gain = step_gains(tape) / teacher.slopes
+    gain = step_gains(tape, drawn) / teacher.slopes
     norm = float(final.square().sum())
+    stages = max([1, *(tape.ran.count(step) for step in {*tape.ran} - {tape.ran[0]})])
     return Calibration(
-        tuple(masks), products, cross, own, gain, norm, teacher.switch, teacher.first
+        tuple(masks), products, cross, own, gain, norm, teacher.switch, teacher.first, stages
     )
 
 
 class _Teacher:
     """The first pass of every step that a recorded run ran: its calls, how they make a score."""
 
-    def __init__(self, tape: Tape, samples: int) -> None:
+    def __init__(self, tape: Tape, samples: int, drawn: torch.Tensor | None) -> None:
         by_pass = tape.passes()
         self.first = tape.steps[tape.begin]
         first = [
@@ -249,8 +274,7 @@ class _Teacher:
             guidance.fit([call.output for call in by_pass[k]], tape.scores[k - tape.begin], samples)
             for k in first
         ]
-        kept = tape.drawn()
-        self._kept = None if kept is None else kept[:samples].flatten()
+        self._kept = None if drawn is None else drawn[:samples].flatten()
         worst = max(guide.residual for guide in self._guides)
         if worst > guidance.LINEAR:
             _log.warning(
@@ -293,10 +317,11 @@ class _Teacher:
 
 
 @torch.inference_mode()
-def step_gains(tape: Tape) -> np.ndarray:
+def step_gains(tape: Tape, drawn: torch.Tensor | None = None) -> np.ndarray:
     """Measure how far an error of the score at each step moves the final latents, by the
     scheduler alone: it is run on the stored scores with one of them perturbed (no network calls).
 
+    With `drawn`, errors are those where it is true (see `Tape.drawn`).
     Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping), and
     under inpainting: they take every element for itself, so that none is moved by what is
     overwritten elsewhere.
@@ -320,9 +345,8 @@ def step_gains(tape: Tape) -> np.ndarray:
     nudge = 1e-2 * torch.randn(
         scores[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     ).to(scores[0])
-    kept = tape.drawn()
-    if kept is not None:
-        nudge = nudge * kept
+    if drawn is not None:
+        nudge = nudge * drawn
     base = replay()
     size = float(nudge.double().norm())
     steps = range(ran[0], ran[-1] + 1)

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from autofr import files
+from autofr import files, reading
 from autofr.errors import damaged
 from autofr.measure.latency import Costs, measure_costs, synchronize
 from autofr.measure.similarity import OnProgress, Similarity, measure_similarity
@@ -77,6 +77,15 @@ class Profile(_Value):
     points: list[PointProfile]
     score_bytes: int = 0
     similarity: dict[str, Similarity]
+
+    @property
+    def first(self) -> int:
+        """The step at which its calls began: later than 0 where they start from a picture.
+
+        The step after it is the first that there was one to compare with.
+        """
+        change = next(iter(self.similarity.values())).relative_l1[0] if self.similarity else []
+        return next((step - 1 for step, value in enumerate(change) if value is not None), 0)
 
     @property
     def costs(self) -> Costs:
@@ -189,7 +198,7 @@ def load(path: Path) -> Profile:
     Raises: RunFolderError when the file is damaged or of another version.
     """
     try:
-        return Profile.model_validate_json(path.read_bytes())
+        return Profile.model_validate_json(reading.content(path, reading.OWN))
     except (OSError, ValidationError):
         raise damaged(path) from None
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from autofr import reading
 from autofr.errors import ModelError
 
 WEIGHTS, STATISTICS, SETS = "features.safetensors", "reference.safetensors", "sets.json"
@@ -163,15 +164,26 @@ def load_features(folder: Path, rows: Sequence[Mapping[str, Any]] = ()) -> Featu
         return None
     try:
         state = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
-        encoder = Encoder(len(state["head.bias"]))
+        encoder = Encoder(channels_of(state["head.bias"]))
         encoder.load_state_dict(state)
         whole, sets = _statistics(folder, encoder.num_features)
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the feature files are damaged ({error})") from None
     called, reference = f"bundled {folder.name} features", whole
     if sets and (name := sets.smallest(rows)) is not None:
         called, reference = f"{called}, {name}", sets.references[name]
     return Features(encoder.eval().requires_grad_(False), reference, called)
+
+
+def channels_of(weight: torch.Tensor) -> int:
+    """How many channels an encoder has whose head has this bias, or this many rows.
+
+    Raises: ValueError for more than one would have: so large a network is not even built.
+    """
+    count = weight.shape[0] if weight.ndim else 0
+    if not 1 <= count <= 4096:
+        raise ValueError(f"{count} channels, expected 1 to 4096")
+    return count
 
 
 def _statistics(folder: Path, channels: int) -> tuple[Reference, Sets | None]:
@@ -186,7 +198,7 @@ def _statistics(folder: Path, channels: int) -> tuple[Reference, Sets | None]:
 
     if not (folder / SETS).is_file():
         return one(""), None
-    listed = _Listed.model_validate_json((folder / SETS).read_bytes())
+    listed = _Listed.model_validate_json(reading.content(folder / SETS, reading.OWN))
     references = {name: one(f"{name}/") for name in listed.sets}
     return one(""), Sets(listed.argument, listed.sets, references)
 

@@ -2,7 +2,8 @@
 
 Planning measures errors at the teacher's inputs; in use they pile up. Here the policy is run on
 calibration seeds, and at every reduced or held step the mix is fitted anew, so that the step
-lands as near as possible to the latents that the teacher had there.
+lands as near as possible to the latents that the teacher had there. Keyframes get a mix too: their
+full score says what the steps before them should have been, and makes up for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from autofr.mix import KEY, Table
+from autofr.mix import KEY, MAX_WEIGHT, Table
 from autofr.policy import Policy
 from autofr.runtime import guidance
 from autofr.runtime.clock import bare_scheduler
@@ -23,7 +24,7 @@ from autofr.runtime.points import Pipe
 from autofr.runtime.recording import Tape, again, record
 from autofr.runtime.sampler import batches, draw, reuse
 
-RIDGE = 1e-3
+RIDGE = 1e-5
 
 
 class _Path(NamedTuple):
@@ -77,22 +78,39 @@ class _Mixed(NamedTuple):
 def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) -> Policy:
     """Refit the mix table along the policy's own path, on the teacher's seeds.
 
-    Each batch goes on with the fit of its own; the table gets the fit of all together. A policy
-    without a fitted table, with another number of steps than the teacher, or that reuses at steps
-    with several stages, is returned as it is. Exact for solvers whose step is linear in the score.
+    Keyframes after a reduced or held step mix their score with as many kept ones as other steps do,
+    so that nothing more is kept. Each batch goes on with the fit of its own; the table gets the fit
+    of all together. A policy without a fitted table, with another number of steps than the teacher,
+    or that reuses at steps with several stages, is returned as it is; so are keyframes with several
+    stages. Exact for solvers whose step is linear in the score.
     """
     if not isinstance(policy.mix, Table) or not teacher.fits(policy):
         return policy
     for _ in range(rounds):
-        rows = list(policy.mix.weights)
+        rows = _opened(policy, teacher.steps)
+        policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
         sums: dict[int, list[_Normal]] = {}
         for path in teacher.parts:
             for step, normal in _along(pipe, policy, path, teacher.steps).items():
                 sums.setdefault(step, []).append(normal)
         for step, normals in sums.items():
             rows[step] = _Normal.together(normals).solve(rows[step])
+        for step in policy.keyframes:
+            rows[step] = rows[step] if step in sums and rows[step][0] else ()
         policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
     return policy
+
+
+def _opened(policy: Policy, steps: Sequence[int]) -> list[tuple[float, ...]]:
+    """The rows of a table, those of keyframes ready to be fitted: full weight on the own score."""
+    rows = [policy.weights(i) for i in range(len(policy.steps))]
+    kept = max([1, *(len(row) - 1 for row in rows)])
+    reused = False
+    for number, step in enumerate(policy.keyframes):
+        reused = reused or step != number  # all before it are keyframes else
+        if reused and steps.count(step) == 1:
+            rows[step] = rows[step] or (1.0, *[0.0] * min(kept, number))
+    return rows
 
 
 def _along(pipe: Pipe, policy: Policy, path: _Path, steps: Sequence[int]) -> dict[int, _Normal]:
@@ -165,6 +183,8 @@ class _Normal:
         start = np.array(old[1:] if self.jump else old)
         ridge = RIDGE * np.trace(self.gram) / len(self.gram) * np.eye(len(self.gram))
         weights = start + np.linalg.solve(self.gram + ridge, self.right - self.gram @ start)
+        if np.abs(weights).max() > MAX_WEIGHT:  # the step hardly depends on its score
+            return old
         found = tuple(round(float(w), 6) for w in weights)
         return (0.0, *found) if self.jump else found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from autofr.measure.calibration import Calibration
 from autofr.measure.latency import Costs
 from autofr.mix import JUMP, KEY, Family, Mix, Table
 
-RIDGE = 1e-4
+RIDGE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Rule:
     reduced score and one or two keyframes' scores), or a λ(t) family; `max_gap`: most steps from a
     keyframe to the next, or from the last one to the end; `phase`: log error weight
     at the start and at the end against the middle; `first`, `last`: forced keyframes at the ends
-    of what runs.
+    of what runs; `corrected`: a fitted mix is corrected afterwards, at keyframes too, which makes
+    up for what the next keyframe's score explains of a step's error.
     """
 
     masks: tuple[str, ...]
@@ -37,6 +39,7 @@ class Rule:
     phase: tuple[float, float] = (0.0, 0.0)
     first: int = 1
     last: int = 0
+    corrected: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,18 @@ class Plan:
     seconds: float
 
 
+_Pick = tuple[int, int, int, int]
+"""What a step does: the index of its mask, the gap, the gap before, the gap after."""
+
+
 @dataclass(frozen=True)
 class _Choices:
-    """Weighted error and seconds of every choice: (masks, step, gap, gap before), and its mix.
+    """Weighted error and seconds of every choice: (masks, step, gap, gap before, gap after), and
+    its mix, whatever the gap after.
 
-    Steps are those that run, after the `first` of a call.
+    Gap index g - 1; the gaps between the last keyframe and the one before it, and from the last
+    keyframe to the next one, are 0 where there is none. Steps are those that run, after the `first`
+    of a call.
     """
 
     names: tuple[str, ...]
@@ -64,15 +74,12 @@ class _Choices:
 
 
 def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
-    """Tabulate error and cost of each allowed mask (or jump) at each (step, gap, gap before).
-
-    Gap index g - 1; index 0 of the last axis means that there is no keyframe before the last.
-    """
+    """Tabulate error and cost of each allowed mask (or jump) between any keyframes around it."""
     names = (*(name for name in calibration.masks if name in rule.masks),)
     names += (JUMP,) if JUMP in rule.masks else ()
     n, gaps = calibration.steps, min(rule.max_gap, calibration.max_gap)
     rows = max(1, len(names))  # without any mask: one choice that is never taken
-    error = np.full((rows, n, gaps, gaps + 1), np.inf)
+    error = np.full((rows, n, gaps, gaps + 1, gaps + 1), np.inf)
     weights = np.zeros((rows, n, gaps, gaps + 1, 3))
     for index, name in enumerate(names):
         for gap in range(1, gaps + 1):
@@ -80,13 +87,18 @@ def choices(calibration: Calibration, costs: Costs, rule: Rule) -> _Choices:
                 steps = np.arange(gap + before, n)
                 last = steps - gap
                 for used, older in _stretches(steps, last, last - before, calibration.switch):
-                    found = _mixed(calibration, rule.mix, name, used, gap, before if older else 0)
-                    error[index, used, gap - 1, before] = found[0]
+                    known = before if older else 0
+                    found = _mixed(calibration, rule.mix, name, used, gap, known)
+                    error[index, used, gap - 1, before] = found[0][:, None]
                     weights[index, used, gap - 1, before] = found[1]
+                    if rule.corrected and isinstance(rule.mix, str):
+                        again, after = _corrected(used, gap, gaps, n, calibration.switch)
+                        left = _mixed(calibration, rule.mix, name, again, gap, known, after)[0]
+                        error[index, again, gap - 1, before, after] = left
     share = np.linspace(-1, 1, n)
     phase = np.where(share < 0, -share * rule.phase[0], share * rule.phase[1])
     scale = calibration.gain**2 * np.exp(phase) / calibration.norm
-    np.multiply(error, scale[:, None, None], out=error, where=np.isfinite(error))
+    np.multiply(error, scale[:, None, None, None], out=error, where=np.isfinite(error))
     seconds = np.array([costs.of_step(name) for name in names] or [0.0])
     return _Choices(names, error, weights, seconds, calibration.first)
 
@@ -102,42 +114,60 @@ def _stretches(
     return [(steps[served & own], True), (steps[served & ~own], False)]
 
 
-def _mixed(
-    calibration: Calibration, mix: Family | str, name: str, steps: np.ndarray, gap: int, before: int
+def _corrected(
+    steps: np.ndarray, gap: int, gaps: int, n: int, switch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Squared error and mix weights [reduced, last, before] at `steps` for one choice."""
+    """Pairs of a step and the gap from its keyframe to the next one, where the same denoiser runs
+    that too: what it finds there corrects the step.
+    """
+    again, after = (grid.ravel() for grid in np.meshgrid(steps, np.arange(gap + 1, gaps + 1)))
+    following = again - gap + after
+    own = (following < n) & ((again >= switch) | (following < switch))
+    return again[own], after[own]
+
+
+def _mixed(
+    calibration: Calibration,
+    mix: Family | str,
+    name: str,
+    steps: np.ndarray,
+    gap: int,
+    before: int,
+    after: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared error and mix weights [reduced, last, before] at `steps` for one choice.
+
+    With the gaps to the next keyframes, of what these leave to correct.
+    """
     e, jump = calibration.teacher, name == JUMP
-    last, older = steps - gap, steps - gap - before
-    gram = np.zeros((len(steps), 3, 3))
-    wanted = np.zeros((len(steps), 3))
-    gram[:, 1, 1], wanted[:, 1] = e[last, last], e[steps, last]
-    gram[:, 2, 2], wanted[:, 2] = e[older, older], e[steps, older]
-    gram[:, 1, 2] = gram[:, 2, 1] = e[last, older]
+    last = steps - gap
+    keys = np.stack([last, last - before, last if after is None else last + after], axis=1)
+    rows, count = np.arange(len(steps))[:, None], len(steps)
+    gram, wanted = np.zeros((count, 4, 4)), np.zeros((count, 4))
+    gram[:, 1:, 1:], wanted[:, 1:] = e[keys[:, :, None], keys[:, None]], e[steps[:, None], keys]
     if not jump:
         m = calibration.masks.index(name)
         cross = calibration.cross[m, steps, gap - 1]
-        rows = np.arange(len(steps))
-        gram[:, 0, 0], wanted[:, 0] = calibration.own[m, steps, gap - 1], cross[rows, steps]
-        gram[:, 0, 1] = gram[:, 1, 0] = cross[rows, last]
-        gram[:, 0, 2] = gram[:, 2, 0] = cross[rows, older]
-    start = np.array([0.0, 1.0, 0.0] if jump else [1.0, 0.0, 0.0])
+        gram[:, 0, 0], wanted[:, 0] = calibration.own[m, steps, gap - 1], cross[rows[:, 0], steps]
+        gram[:, 0, 1:] = gram[:, 1:, 0] = cross[rows, keys]
+    start = np.array([0.0, 1.0, 0.0, 0.0] if jump else [1.0, 0.0, 0.0, 0.0])
     target = e[steps, steps]
     if isinstance(mix, str):
         free = [1] if jump else [0, 1]
-        if mix == "fit2" and before:
-            free.append(2)
-        weights = np.tile(start, (len(steps), 1))
-        part = gram[np.ix_(range(len(steps)), free, free)]
+        free += [2] if mix == "fit2" and before else []
+        free += [] if after is None else [3]
+        weights = np.tile(start, (count, 1))
+        part = gram[np.ix_(range(count), free, free)]
         ridge = RIDGE * target[:, None, None] * np.eye(len(free))
         right = wanted[:, free] - part @ start[free]
         weights[:, free] += np.linalg.solve(part + ridge, right[..., None])[..., 0]
     else:
         place = (calibration.first + steps) / calibration.asked
         share = [0.0 if jump else mix.weight(float(r)) for r in place]
-        weights = np.stack([share, 1 - np.array(share), np.zeros(len(steps))], axis=1)
+        weights = np.stack([share, 1 - np.array(share), *np.zeros((2, count))], axis=1)
     error = target - 2 * (weights * wanted).sum(1)
     error += np.einsum("si,sij,sj->s", weights, gram, weights)
-    return np.maximum(error, 0), weights
+    return np.maximum(error, 0), weights[:, :3]
 
 
 def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> Plan:
@@ -171,45 +201,31 @@ def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> 
     return _spend(table, costs, best, seconds)
 
 
-def front(calibration: Calibration, costs: Costs, rule: Rule, points: int = 40) -> list[Plan]:
-    """The whole front from one calibration: plans that no other beats in error and seconds."""
-    table = choices(calibration, costs, rule)
-    prices = np.geomspace(1e-9, 1e1, points) / costs.key
-    plans = [_path(table, costs, rule, price) for price in prices]
-    best: list[Plan] = []
-    for one in sorted(plans, key=lambda p: (p.seconds, p.error)):
-        if not best or one.error < best[-1].error:
-            best.append(one)
-    return best
-
-
 def _path(table: _Choices, costs: Costs, rule: Rule, price: float) -> Plan:
     """Exact minimum of error + price * seconds over keyframes and masks, by dynamic programming."""
-    _, n, gaps, _ = table.error.shape
-    priced = table.error + price * table.seconds[:, None, None, None]
+    n, gaps = table.error.shape[1:3]
+    priced = table.error + price * table.seconds[:, None, None, None, None]
     chosen = priced.argmin(0)
-    cheapest = np.take_along_axis(priced, chosen[None], 0)[0]  # (step, gap - 1, before)
+    cheapest = np.take_along_axis(priced, chosen[None], 0)[0]  # (step, gap - 1, before, after)
+    steps = np.arange(n)
+    cheapest[(steps < rule.first) | (steps >= n - rule.last)] = np.inf
     best = np.full((n, gaps + 1), np.inf)
     origin = np.zeros((n, gaps + 1), int)
     best[0, 0] = price * costs.key
     end_cost, end_state = np.inf, (0, 0)
     for key in range(n):
-        walked = np.zeros(gaps + 1)  # cost of the steps since this keyframe, by gap before
-        for gap in range(1, gaps + 2):
-            step = key + gap
-            if step >= n:
-                total = best[key] + walked
-                state = int(total.argmin())
-                if total[state] < end_cost:
-                    end_cost, end_state = total[state], (key, state)
+        for length in range(1, min(gaps + 1, n - key) + 1):  # to the next keyframe, or the end
+            between, ends = np.arange(1, length), key + length == n
+            if length > gaps and not ends:
                 break
-            if gap <= gaps:  # `gap - 1` steps are walked; the next key may be here
-                total = best[key] + walked + price * costs.key
-                state = int(total.argmin())
-                if total[state] < best[step, gap]:
-                    best[step, gap], origin[step, gap] = total[state], state
-                forced = step < rule.first or step >= n - rule.last
-                walked = walked + (np.inf if forced else cheapest[step, gap - 1])
+            walked = cheapest[key + between, between - 1, :, 0 if ends else length].sum(0)
+            total = best[key] + walked + (0 if ends else price * costs.key)
+            state = int(total.argmin())
+            if ends and total[state] < end_cost:
+                end_cost, end_state = total[state], (key, state)
+            if not ends and total[state] < best[key + length, length]:
+                best[key + length, length] = total[state]
+                origin[key + length, length] = state
     return _trace(table, costs, chosen, origin, end_state, rule)
 
 
@@ -222,20 +238,20 @@ def _trace(
     rule: Rule,
 ) -> Plan:
     n = chosen.shape[0]
-    picks: list[tuple[int, int, int] | None] = [None] * n
+    picks: list[_Pick | None] = [None] * n
     (key, before), stop = end, n
     while True:
+        after = stop - key if stop < n else 0
         for step in range(key + 1, stop):
-            picks[step] = (int(chosen[step, step - key - 1, before]), step - key, before)
+            index = int(chosen[step, step - key - 1, before, after])
+            picks[step] = index, step - key, before, after
         if key == 0:
             break
         stop, key, before = key, key - before, int(origin[key, before])
     return _build(table, costs, picks, rule.mix)
 
 
-def _build(
-    table: _Choices, costs: Costs, picks: Sequence[tuple[int, int, int] | None], mix: Mix | str
-) -> Plan:
+def _build(table: _Choices, costs: Costs, picks: Sequence[_Pick | None], mix: Mix | str) -> Plan:
     steps = [KEY] * table.first  # what a call leaves out does not run
     rows: list[tuple[float, ...]] = [()] * table.first
     error = 0.0
@@ -244,12 +260,12 @@ def _build(
             steps.append(KEY)
             rows.append(())
             continue
-        index, gap, before = pick
+        index, gap, before, after = pick
         steps.append(table.names[index])
         weights = table.weights[index, step, gap - 1, before]
         count = 3 if weights[2] else 2
         rows.append(tuple(round(float(w), 6) for w in weights[:count]))
-        error += float(table.error[index, step, gap - 1, before])
+        error += float(table.error[index, step, gap - 1, before, after])
     used = Table(weights=tuple(rows)) if isinstance(mix, str) else mix
     return Plan(tuple(steps), used, error, costs.of_call(steps))
 
@@ -263,15 +279,13 @@ def _spend(table: _Choices, costs: Costs, found: Plan, seconds: float) -> Plan:
         for step, pick in enumerate(picks):
             if pick is None:
                 continue
-            index, gap, before = pick
+            index, gap, *around = pick
+            error = table.error[:, step, gap - 1, around[0], around[1]]
             for other in range(len(table.names)):
                 extra = table.seconds[other] - table.seconds[index]
-                saved = float(
-                    table.error[index, step, gap - 1, before]
-                    - table.error[other, step, gap - 1, before]
-                )
+                saved = float(error[index] - error[other])
                 if extra <= left and saved > gain:
-                    best, gain = (step, (other, gap, before), extra), saved
+                    best, gain = (step, (other, gap, around[0], around[1]), extra), saved
         if best is None:
             break
         picks[best[0]] = best[1]
@@ -280,16 +294,18 @@ def _spend(table: _Choices, costs: Costs, found: Plan, seconds: float) -> Plan:
     return _build(table, costs, picks, mix)
 
 
-def _picks(table: _Choices, steps: Sequence[str]) -> list[tuple[int, int, int] | None]:
-    """Mask index, gap and gap before of each step of a plan; None at keyframes."""
-    picks: list[tuple[int, int, int] | None] = []
-    key, before = 0, 0
-    for i, step in enumerate(steps):
-        if step == KEY:
-            key, before = i, i - key
-            picks.append(None)
-        else:
-            picks.append((table.names.index(step), i - key, before))
+def _picks(table: _Choices, steps: Sequence[str]) -> list[_Pick | None]:
+    """Mask index and gaps of each step of a plan; None at keyframes."""
+    picks: list[_Pick | None] = []
+    keys = [i for i, step in enumerate(steps) if step == KEY]
+    lengths = [0, *(after - key for key, after in pairwise(keys)), 0]
+    for (key, stop), (before, after) in zip(
+        pairwise([*keys, len(steps)]), pairwise(lengths), strict=True
+    ):
+        picks.append(None)
+        picks += [
+            (table.names.index(steps[i]), i - key, before, after) for i in range(key + 1, stop)
+        ]
     return picks
 
 

@@ -73,12 +73,12 @@ def load(folder: Path) -> Tiles | None:
 
 def _tiles(path: Path) -> tuple[list[str], int]:
     try:
-        with Image.open(path) as strip:
+        with Image.open(path, formats=["PNG"]) as strip:
             strip.load()
             width = int(strip.info[WIDTH])
             lefts = range(0, strip.width, width)
             tiles = [strip.crop((x, 0, x + width, strip.height)) for x in lefts]
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise damaged(path) from None
     return [_address(tile) for tile in tiles], width
 

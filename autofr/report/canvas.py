@@ -1,29 +1,45 @@
-"""What all pictures share: an empty figure in the house style, its colours, and plain numbers.
+"""What all pictures share: an empty figure in the house style, and its colours.
 
-Nothing here or in the pictures touches pyplot or other global state.
+The colours are those of the page in its light theme: the style sheet is the one place that has
+them. Nothing here or in the pictures touches pyplot or other global state.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
-INK = "#1F2933"
-SHADES = (  # of masks and kinds: Okabe and Ito's, then Tol's
-    "#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#F0E442",
-    "#332288", "#117733", "#AA4499", "#999933", "#661100", "#6699CC", "#DDCC77",
-)  # fmt: skip
+STYLE_SHEET = Path(__file__).parent / "templates" / "page.css"
+MARKERS = {  # of matplotlib, by what `svg.MARKERS` calls them
+    "square": "s", "circle": "o", "up": "^", "down": "v", "diamond": "D", "cross": "X", "star": "*",
+}  # fmt: skip
+DPI = 150
+
+
+@cache
+def colours() -> dict[str, str]:
+    """Colours of the page's light theme, `#rrggbb` or `#rgb`, by their names in its style sheet."""
+    light = STYLE_SHEET.read_text(encoding="utf-8").split("}", 1)[0]
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]+)", light))
+
+
+INK, SOFT, LINE = (colours()[name] for name in ("ink", "soft", "line"))
 STYLE: dict[str, Any] = {
-    "savefig.dpi": 150, "figure.dpi": 150, "font.size": 9, "text.color": INK,
+    "figure.dpi": DPI, "font.size": 9, "text.color": INK,
     "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8A9199",
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E8ECEF", "axes.labelcolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "axes.labelcolor": INK,
     "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
 }  # fmt: skip
 
@@ -32,18 +48,23 @@ STYLE: dict[str, Any] = {
 def picture(
     path: Path, width: float, height: float, title: str = "", layout: Any = "constrained"
 ) -> Iterator[Figure]:
-    """Hand out an empty figure (inches) in the house style, and save it at the end."""
+    """Hand out an empty figure (inches) in the house style, and save it at the end.
+
+    It is drawn once: matplotlib's own way to save draws all of it twice.
+    """
     with matplotlib.style.context(STYLE, after_reset=True):
         figure = Figure((width, height), layout=layout)
+        canvas = FigureCanvasAgg(figure)
         if title:
             figure.suptitle(title, x=0.008, ha="left", fontsize=11, weight="bold")
         yield figure
-        figure.savefig(path)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())
+    Image.fromarray(pixels).convert("RGB").save(path, dpi=(DPI, DPI))
 
 
-def plain_numbers(ax: Axes) -> None:
-    """Label a logarithmic y axis with 1, 2, 5 of each power of ten, or all on a short one."""
-    low, high = ax.get_ylim()
-    digits = "125" if high / low > 8 else "123456789"
-    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        put(lambda y, _: f"{y:.6g}" if f"{y:.0e}"[0] in digits else "")
+def label(ax: Axes, of: str, places: list[float], texts: list[str]) -> None:
+    """Put ticks of an axis ("x" or "y") at places, with these texts and no others."""
+    axis = ax.xaxis if of == "x" else ax.yaxis
+    axis.set_ticks(places, texts)
+    axis.set_ticks([], minor=True)

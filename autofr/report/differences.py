@@ -11,7 +11,7 @@ from autofr.memory import size
 from autofr.mix import JUMP, KEY
 from autofr.policy import Interval, Measured, Policy
 from autofr.report.html import render
-from autofr.report.policy_chart import does, mix, strip
+from autofr.report.policy_chart import OFF, does, mix, strip
 from autofr.report.svg import drawing, mark, rect
 from autofr.report.wording import count, duration, percent, times
 
@@ -38,7 +38,7 @@ def _facts(one: Policy, other: Policy) -> Iterator[tuple[str, str, str]]:
         "scheduler": [p.sampler.scheduler for p in both],
         "steps": [f"{len(p.steps)} for a call of {p.sampler.replaces}" for p in both],
         "full steps": [str(s.count(KEY)) for s in steps],
-        "steps with a mask": [str(len(s) - s.count(KEY) - s.count(JUMP)) for s in steps],
+        "steps with a mask": [str(_masked(p)) for p in both],
         "jumps": [str(s.count(JUMP)) for s in steps],
         "mix": [p.mix.kind.replace("_", " ").replace("table", "fitted table") for p in both],
         "digest": [p.digest for p in both],
@@ -98,12 +98,16 @@ def _kept(policy: Policy) -> str:
 
 def _counted(policy: Policy) -> str:
     steps = does(policy)
-    keys, jumps = steps.count(KEY), steps.count(JUMP)
-    masks = len(steps) - keys - jumps
+    total = len(steps) - steps.count(OFF)
     return (
-        f"computes {keys} of {count(len(steps), 'step')} in full, reuses a part at {masks} and"
-        f" leaves out {jumps}"
+        f"computes {steps.count(KEY)} of {count(total, 'step')} in full, reuses a part at"
+        f" {_masked(policy)} and leaves out {steps.count(JUMP)}"
     )
+
+
+def _masked(policy: Policy) -> int:
+    """At how many steps a mask is used."""
+    return sum(step in policy.masks for step in does(policy))
 
 
 def _steps(one: Policy, other: Policy) -> list[str]:

@@ -12,9 +12,10 @@ from autofr.errors import RunFolderError
 from autofr.measure.profiling import Profile
 from autofr.memory import size
 from autofr.policy import Measured
-from autofr.report import before_after, policy_chart, profile_charts, result_charts
+from autofr.report import before_after, front, policy_chart, profile_charts, result_charts
 from autofr.report.html import data_url, render
-from autofr.report.report import final_rows, headline, protocol_rows, table
+from autofr.report.report import final_rows, headline, protocol_rows, table, told
+from autofr.report.svg import MARKERS
 from autofr.report.wording import duration, exact, percent, times, wanted_speedup
 from autofr.search.result import Result
 
@@ -34,6 +35,7 @@ def write(result: Result, folder: Path, profile: Profile | None) -> Path:
 
 def run_page(result: Result, profile: Profile | None, folder: Path) -> str:
     """The page of a run."""
+    result = told(result, profile)
     trials = result_charts.load_trials(folder / TRIALS)
     shares = profile_charts.shares(profile) if profile else None
     return render(
@@ -46,10 +48,10 @@ def run_page(result: Result, profile: Profile | None, folder: Path) -> str:
         tiles=tiles(result.policy.measured) if result.policy.measured else [],
         images=before_after.load(folder),
         samples=_samples(folder),
-        errors=result_charts.errors(result),
-        fids=result_charts.fids(result),
-        legend=result_charts.legend(result),
-        predicted=any(row.speedup is None and row.group != "teacher" for row in result.rows),
+        errors=result_charts.panel(front.errors(result)),
+        fids=result_charts.panel(front.fids(result)),
+        legend=[(look, MARKERS[look.marker]) for look in front.legend(result)],
+        predicted=front.predicted(result),
         strip=policy_chart.strip(result.policy, shares),
         mix=policy_chart.mix(result.policy),
         heat=profile_charts.heat_map(profile) if profile else None,

@@ -1,8 +1,11 @@
-"""Pictures of what a search found: rows against speed-up, the policy, and samples."""
+"""Pictures of what a search found: rows against speed-up, the policy, and samples.
+
+What they show is prepared in `front` and `policy_chart`, for the page and for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,138 +15,103 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from autofr.mix import JUMP, KEY, executed
-from autofr.plan.baselines import Group
-from autofr.policy import Interval, Policy
-from autofr.report.canvas import INK, SHADES, picture, plain_numbers
-from autofr.report.wording import count, exact, speedup_of, times, wanted_speedup
-from autofr.search.result import Result, Row
+from autofr.mix import JUMP, KEY, Table
+from autofr.policy import Policy
+from autofr.report import front
+from autofr.report.canvas import DPI, INK, MARKERS, SOFT, colours, label, picture
+from autofr.report.front import Mark, Panel
+from autofr.report.policy_chart import OFF, SCORES, does, kinds, weights
+from autofr.report.svg import Axis
+from autofr.report.wording import count, times
+from autofr.search.result import Result
 
-# Label, colour (Okabe and Ito's palette, safe for the colour-blind) and marker of each group, in
-# the order in which they are listed everywhere.
-LOOKS: dict[Group, tuple[str, str, str]] = {
-    "teacher": ("teacher", "#000000", "s"),
-    "chosen": ("chosen policy", "#D55E00", "*"),
-    "planned": ("planned, with their front", "#009E73", "o"),
-    "fewer steps": ("fewer steps (how many: beside it)", "#0072B2", "v"),
-    "frdiff": ("FRDiff, uniform", "#E69F00", "^"),
-    "deepcache": ("DeepCache, uniform", "#CC79A7", "D"),
-    "other solver": ("other solver, not a candidate", "#9A9A9A", "X"),
-}
 SHOWN = 10  # seeds in samples.png
-HELD = "#D5DBE0"
-SCORES = {  # other colours than those of the masks
-    "reduced score": "#44AA99",
-    "last keyframe's": "#882255",
-    "the keyframe's before": "#DDCC77",
-    "older keyframes'": "#9A9A9A",
-}
 
 
 # -- error and FID against speed-up ---------------------------------------------------------------
 
 
 def pareto(result: Result, path: Path) -> None:
-    """Draw FID and error to the teacher of every row against the speed-up of the whole call.
+    """Draw error to the teacher and FID of every row against the speed-up of the whole call.
 
     Filled markers are measured speed-ups, hollow ones predicted. One panel without any FID.
     """
-    fids = [row.fid for row in result.rows if row.fid is not None]
-    with picture(path, 13 if fids else 9, 6) as figure:
-        *others, main = figure.subplots(1, 1 + bool(fids), squeeze=False, sharex=True)[0]
-        for ax in others:
-            ax.set_title(f"FID ({result.features or 'unnamed features'})")
-            ax.set_yscale("log" if max(fids) > 1.8 * min(fids) > 0 else "linear")
-            _panel(ax, result, lambda row: None if row.fid is None else exact(row.fid))
-            for fid in (row.fid for row in result.rows if row.group == "teacher"):
-                ax.axhline(fid, color=INK, linestyle=":", linewidth=1, zorder=1)
-        main.set_title("Error to the teacher (relative L2 of final latents)")
-        main.set_yscale("log")
-        _panel(main, result, lambda row: row.error if row.error.value > 0 else None)
-        for row in result.rows:
-            if row.error.value == 0:  # below every logarithmic axis: it stands on the floor
-                _, colour, marker = LOOKS[row.group]
-                floor: dict[str, Any] = {"transform": main.get_xaxis_transform(), "color": colour}
-                main.plot(speedup_of(row).value, 0, marker, clip_on=False, zorder=5, **floor)
-                main.text(speedup_of(row).value, 0.015, "   0", **floor)
-        figure.legend(handles=_legend(result), loc="outside lower center", ncols=4 if fids else 3)
+    panels = [one for one in (front.errors(result), front.fids(result)) if one]
+    with picture(path, 13 if panels[1:] else 9, 6) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, shown in zip(axes, panels, strict=True):
+            _panel(ax, shown)
+        figure.legend(handles=_legend(result), loc="outside lower center", ncols=5)
 
 
-def _panel(ax: Axes, result: Result, y_of: Callable[[Row], Interval | None]) -> None:
-    """Draw one panel: a marker with intervals per row, lines, labels and the budget."""
-    shown = [(row, speedup_of(row), y) for row in result.rows if (y := y_of(row))]
-    for group, (_, colour, marker) in LOOKS.items():
-        some = sorted((item for item in shown if item[0].group == group), key=lambda i: i[1].value)
-        size, above = (17, 5) if group == "chosen" else (6.5, 3)
-        for row, x, y in some:
-            up, across = (np.maximum(0, [[v.value - v.low], [v.high - v.value]]) for v in (y, x))
-            full = row.speedup is not None or group == "teacher"
-            ax.errorbar(
-                x.value, y.value, up, across, fmt=marker, color=colour, elinewidth=1,
-                markerfacecolor=colour if full else "white", markersize=size, zorder=above,
-            )  # fmt: skip
-            if group == "chosen":
-                _note(ax, f"{row.name}\n{x.value:.2f}x", x.value, y.value, (11, -16), colour)
-            elif group == "fewer steps":
-                _note(ax, str(row.steps), x.value, y.value, (-13, 8), colour)
-            elif group == "other solver":
-                words = f"{row.solver.split()[0]} {row.steps}"
-                _note(ax, words, x.value, y.value, (0, 11), colour)
-        line = {"fewer steps": some, "planned": _front(some)}.get(group, [])
-        ax.plot([x.value for _, x, _ in line], [y.value for *_, y in line], color=colour, alpha=0.6)
-    if budget := wanted_speedup(result):
-        ax.axvline(budget, color=INK, linestyle="--", linewidth=1, zorder=1)
-    _axes(ax, [speedup_of(row).value for row in result.rows] + [budget or 1.0])
+def _panel(ax: Axes, shown: Panel) -> None:
+    """Draw one panel: axes, the budget, lines, and a marker with intervals per row."""
+    low, high = shown.up
+    floor = low * (low / high) ** 0.05 if shown.log else low
+    ax.set(title=shown.title, xlabel="speed-up of the whole call")
+    ax.set(xscale="log", yscale="log" if shown.log else "linear")
+    ax.set(xlim=shown.across, ylim=(floor, high))
+    across, up = Axis(*shown.across, 0, 1, log=True), Axis(low, high, 0, 1, log=shown.log)
+    label(ax, "x", across.ticks(), [f"{x:g}x" for x in across.ticks()])
+    label(ax, "y", up.ticks(), [shown.write(y) for y in up.ticks()])
+    if shown.budget:
+        ax.axvline(shown.budget[0], color=SOFT, linestyle="--", linewidth=1, zorder=1)
+    for colour, marks in shown.lines.items():
+        line = [(mark.x.value, mark.y.value) for mark in marks if mark.y.value > 0]
+        ax.plot(*zip(*line, strict=True), color=colours()[colour], alpha=0.6, zorder=2)
+    rivals = [mark.y.value for mark in shown.marks if mark.row.group == "other solver"]
+    for mark in shown.marks:
+        _mark(ax, mark, floor)
+        above = mark.y.value == max(rivals, default=0)  # two of them often stand side by side
+        _note(ax, mark, left=across(mark.x.value) > 0.75, lift=5 if above else -5)
 
 
-def _note(
-    ax: Axes, text: str, x: float, y: float, offset: tuple[float, float], colour: str
-) -> None:
-    """Write beside a point, with a white rim, so that lines behind do not disturb."""
-    rim = [withStroke(linewidth=2.5, foreground="white")]
+def _mark(ax: Axes, mark: Mark, floor: float) -> None:
+    """A row's marker with its intervals; error 0, which no logarithmic axis has, on the floor."""
+    colour, y = colours()[mark.look.colour], mark.y.value
+    size, above = (17, 5) if mark.row.group == "chosen" else (6.5, 3)
+    up, across = (
+        [[max(0.0, v.value - v.low)], [max(0.0, v.high - v.value)]] for v in (mark.y, mark.x)
+    )
+    ax.errorbar(
+        mark.x.value, max(y, floor), up, across, fmt=MARKERS[mark.look.marker], color=colour,
+        elinewidth=1, markerfacecolor=colour if mark.measured else "white", markersize=size,
+        markeredgewidth=1, zorder=above, clip_on=y > floor,
+    )  # fmt: skip
+
+
+def _note(ax: Axes, mark: Mark, left: bool, lift: float) -> None:
+    """Write beside a mark, with a white rim, so that lines behind do not disturb."""
+    text, offset = mark.note, {"chosen": (11, -14), "fewer steps": (0, -11), "teacher": (8, 0)}
+    if mark.row.group == "chosen":
+        text = f"{text}\n{mark.x.value:.2f}x"
+    elif mark.y.value == 0:
+        text = "0"
+    x, y = offset.get(mark.row.group, (8, lift))
     place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 2.5}
-    place["ha"] = "left" if offset[0] > 0 else "center"
-    ax.annotate(text, (x, y), offset, color=colour, fontsize=8, path_effects=rim, **place)
-
-
-def _front(items: Sequence[tuple[Row, Interval, Interval]]) -> list[Any]:
-    """Keep the rows (sorted by speed-up) that no faster one of them beats in error."""
-    errors = [row.error.value for row, *_ in items]
-    return [item for i, item in enumerate(items) if errors[i] < min(errors[i + 1 :], default=9e9)]
-
-
-def _axes(ax: Axes, speedups: Sequence[float]) -> None:
-    """Scale the axes logarithmically, with plain numbers on them and room below."""
-    low, high = 0.94 * min(speedups), 1.08 * max(speedups)
-    step = 0.25 if high / low < 3 else 0.5 if high / low < 6 else 1
-    ax.set(xscale="log", xlabel="speed-up of the whole call")
-    ax.set_xticks(np.arange(step, min(high, 12), step))
-    ax.set_xlim(low, high)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.margins(y=0.12)
-    if ax.get_yscale() == "log":
-        plain_numbers(ax)
+    place["ha"] = "center" if x == 0 else "right" if left else "left"
+    place["path_effects"] = [withStroke(linewidth=2.5, foreground="white")]
+    at = (mark.x.value, max(mark.y.value, ax.get_ylim()[0]))
+    colour = colours()[mark.look.colour]
+    ax.annotate(text, at, (-x if left else x, y), color=colour, fontsize=8, **place)
 
 
 def _legend(result: Result) -> list[Line2D]:
     """Name groups and lines; it stands below the panels, where no point can be covered."""
-    present = {row.group for row in result.rows}
+    lines = front.errors(result).lines
     handles = [
         Line2D(
-            [], [], color=colour, marker=marker, label=label, markersize=7,
-            linestyle="-" if group in ("planned", "fewer steps") else "",
+            [], [], color=colours()[look.colour], marker=MARKERS[look.marker], label=look.label,
+            markersize=7, linestyle="-" if look.colour in lines else "",
         )
-        for group, (label, colour, marker) in LOOKS.items()
-        if group in present
+        for look in front.legend(result)
     ]  # fmt: skip
     more: dict[str, dict[str, Any]] = {f"budget {result.budget}": {"linestyle": "--"}}
-    if any(row.speedup is None and row.group != "teacher" for row in result.rows):
+    if front.predicted(result):
         more["hollow: speed-up predicted only"] = {"ls": "", "marker": "o", "mfc": "white"}
-    return handles + [Line2D([], [], color=INK, label=name, **look) for name, look in more.items()]
+    return handles + [Line2D([], [], color=SOFT, label=name, **look) for name, look in more.items()]
 
 
 # -- the policy -----------------------------------------------------------------------------------
@@ -151,15 +119,13 @@ def _legend(result: Result) -> list[Line2D]:
 
 def policy_strip(policy: Policy, path: Path) -> None:
     """Draw what every step does, and below it the weights that mix the scores there."""
-    n = len(policy.steps)
-    does = [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
-    used = [name for name in policy.masks if name in does]
-    colours = {KEY: INK} | dict(zip(used, SHADES * len(used), strict=False)) | {JUMP: HELD}
-    with picture(path, 13, 5 + 0.1 * len(used), _policy_title(policy, does)) as figure:
+    steps, legend, n = does(policy), kinds(policy), len(policy.steps)
+    shades = {kind.name: colours()[kind.shade] for kind in legend}
+    with picture(path, 13, 4.6 + 0.1 * len(legend), _policy_title(policy, steps)) as figure:
         strip, mix = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-        strip.bar(range(n), 1, 0.92 if n <= 120 else 1.0, color=[colours[name] for name in does])
-        for i, name in enumerate(does if n <= 60 else ()):
-            dark = np.dot(to_rgb(colours[name]), (0.299, 0.587, 0.114)) < 0.5
+        strip.bar(range(n), 1, 0.92 if n <= 120 else 1.0, color=[shades[name] for name in steps])
+        for i, name in enumerate(steps if n <= 60 else ()):
+            dark = np.dot(to_rgb(shades[name]), (0.299, 0.587, 0.114)) < 0.5
             look: dict[str, Any] = {"color": "white" if dark else INK, "rotation": 90}
             strip.text(i, 0.5, name, ha="center", va="center", fontsize=min(9, 400 / n), **look)
         strip.set(yticks=[], xlim=(-0.6, n - 0.4), ylim=(0, 1))
@@ -169,54 +135,46 @@ def policy_strip(policy: Policy, path: Path) -> None:
         strip.grid(False)
         _mix(mix, policy)
         handles = [
-            Patch(color=colour, label=_meaning(policy, name, does.count(name)))
-            for name, colour in colours.items()
-            if name in does
+            Patch(color=shades[kind.name], label=f"{kind.name} × {kind.steps}: {kind.means}")
+            for kind in legend
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=2)
 
 
-def _policy_title(policy: Policy, does: Sequence[str]) -> str:
-    keys, jumps, n = does.count(KEY), does.count(JUMP), len(does)
+def _policy_title(policy: Policy, steps: Sequence[str]) -> str:
+    keys, jumps, off, n = steps.count(KEY), steps.count(JUMP), steps.count(OFF), len(steps)
     sampler, measured = policy.sampler, policy.measured
     instead = f" instead of {sampler.replaces}" if sampler.replaces != n else ""
+    run = f", of which {n - off} run" if off else ""
     title = (
-        f"{policy.model.name}, {sampler.scheduler}, {count(n, 'step')}{instead}:"
-        f" {count(keys, 'keyframe')}, {count(n - keys - jumps, 'mask step')},"
+        f"{policy.model.name}, {sampler.scheduler}, {count(n, 'step')}{instead}{run}:"
+        f" {count(keys, 'keyframe')}, {count(n - off - keys - jumps, 'mask step')},"
         f" {count(jumps, 'jump')}"
     )
     return title + (f"; measured {times(measured.speedup)}" if measured else "")
 
 
-def _meaning(policy: Policy, name: str, steps: int) -> str:
-    if name in (KEY, JUMP):
-        what = "everything computed" if name == KEY else "network not called"
-    else:
-        points = policy.masks[name]
-        what = count(len(points), "point") + (f" ({points[0]})" if len(points) == 1 else "")
-    return f"{name}: {what}; at {count(steps, 'step')}"
-
-
 def _mix(ax: Axes, policy: Policy) -> None:
-    """Stack the weights of each step's scores, negative ones downwards."""
+    """Stack the weights of each step's scores, negative ones downwards; λ(t) as a line."""
     n = len(policy.steps)
-    weights, up, down = np.zeros((len(SCORES), n)), np.zeros(n), np.zeros(n)
-    for i in range(n):
-        for k, weight in enumerate(policy.weights(i)):
-            weights[min(k, len(SCORES) - 1), i] += weight
-    for (label, colour), row in zip(SCORES.items(), weights, strict=True):
+    rows = np.array([weights(policy.weights(i)) for i in range(n)]).T
+    up, down = np.zeros(n), np.zeros(n)
+    for k, (name, row) in enumerate(zip(SCORES, rows, strict=True)):
         if row.any():
             base = np.where(row >= 0, up, down)
-            ax.bar(range(n), row, 0.92 if n <= 120 else 1.0, base, color=colour, label=label)
+            wide = 0.92 if n <= 120 else 1.0
+            ax.bar(range(n), row, wide, base, color=colours()[f"w{k}"], label=name)
             up, down = up + np.maximum(row, 0), down + np.minimum(row, 0)
+    if not isinstance(policy.mix, Table):
+        ax.plot(range(n), [policy.mix.weight(i / n) for i in range(n)], color=INK, label="λ(t)")
     ax.axhline(0, color=INK, linewidth=0.8)
     ax.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     ax.set_ylim(down.min() - 0.06, max(1.0, up.max()) + 0.06)
-    ax.set_title("Mix: weight of each score (none at keyframes)")
+    ax.set_title("Mix: weight of each score (none: found here alone)")
     ax.set_xlabel("step")
     ax.grid(False, axis="x")
-    if weights.any():
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(SCORES), borderpad=0)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(SCORES) + 1, borderpad=0)
 
 
 # -- images ---------------------------------------------------------------------------------------
@@ -251,7 +209,7 @@ def _sheet(rows: Mapping[Any, Tensor], path: Path, title: str = "") -> None:
             y, x = top + r * high, left + c * wide
             page[y : y + height * zoom, x : x + width * zoom] = pixels
     down, across = page.shape[:2]
-    with picture(path, across / 150, down / 150, layout=None) as figure:
+    with picture(path, across / DPI, down / DPI, layout=None) as figure:
         figure.figimage(page)
         if title:
             figure.text(gap / across, 1 - 20 / down, title, va="center", weight="bold")

@@ -10,8 +10,9 @@ from autofr.mix import JUMP, KEY, Table, executed
 from autofr.policy import Policy
 from autofr.report.svg import drawing, mark, node, rect
 
+OFF = "left out"  # steps that do not run: calls that start from a picture begin in the middle
 SHADES = 8  # colours of masks in the style sheet
-SCORES = ("reduced score", "last keyframe's score", "the keyframe's before", "older keyframes'")
+SCORES = ("score found here", "last keyframe's score", "the keyframe's before", "older keyframes'")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ class Chart:
 
 
 def does(policy: Policy) -> list[str]:
-    """What every step does: a mask that weighs nothing is a jump."""
-    return [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
+    """What every step does: a mask that weighs nothing is a jump, and the first ones may be `OFF`.
+
+    As far as it is known: that is measured.
+    """
+    first = (policy.measured and policy.measured.skipped_steps) or 0
+    steps = [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
+    return [OFF if i < first else step for i, step in enumerate(steps)]
 
 
 def kinds(policy: Policy, known: Sequence[frozenset[str]] = ()) -> list[Kind]:
-    """What the steps of a policy do, keyframes first and jumps last.
+    """What the steps of a policy do: keyframes first, then masks, jumps, and what does not run.
 
     Masks with the points of one of `known` get its colour; others get the next.
     """
@@ -50,8 +56,10 @@ def kinds(policy: Policy, known: Sequence[frozenset[str]] = ()) -> list[Kind]:
     used = [name for name in policy.masks if name in steps]
     order = [*known, *(frozenset(policy.masks[name]) for name in used)]
     places = {name: order.index(frozenset(policy.masks[name])) for name in used}
-    shades = {KEY: "key"} | {n: f"m{i % SHADES}" for n, i in places.items()} | {JUMP: "jump"}
+    shades = {KEY: "key"} | {n: f"m{i % SHADES}" for n, i in places.items()}
+    shades |= {JUMP: "jump", OFF: "fixed"}
     means = {KEY: "everything is computed", JUMP: "the network is not called"}
+    means[OFF] = "calls start from a picture, later than here"
     means |= {name: _points(policy.masks[name]) for name in used}
     return [Kind(n, s, means[n], steps.count(n)) for n, s in shades.items() if n in steps]
 
@@ -73,7 +81,7 @@ def strip(
     root = drawing((0, 0, len(steps), 100), f"The {len(steps)} steps: {counted}", "strip", True)
     gap = 0.08 if len(steps) <= 120 else 0.0
     for i, name in enumerate(steps):
-        share = 1.0 if shares is None else shares.get(name, 1.0)
+        share = 0.0 if name == OFF else 1.0 if shares is None else shares.get(name, 1.0)
         cost = "" if shares is None else f", {share:.0%} of a full step's time"
         bar = mark(root, f"step {i}: {name}, {looks[name].means}{cost}")
         rect(bar, (i, 0, 1, 100), "catch")
@@ -86,7 +94,7 @@ def strip(
 
 def mix(policy: Policy) -> Chart:
     """The weights of each step's scores, stacked, negative ones downwards; λ(t) as a line."""
-    rows = [_weights(policy.weights(i)) for i in range(len(policy.steps))]
+    rows = [weights(policy.weights(i)) for i in range(len(policy.steps))]
     high = max([1.0, *(sum(w for w in row if w > 0) for row in rows)]) * 1.04
     low = min([0.0, *(sum(w for w in row if w < 0) for row in rows)]) * 1.04
     n = len(rows)
@@ -110,7 +118,7 @@ def mix(policy: Policy) -> Chart:
     return Chart(root, legend, ticks)
 
 
-def _weights(row: Sequence[float]) -> tuple[float, ...]:
+def weights(row: Sequence[float]) -> tuple[float, ...]:
     """A step's weights by `SCORES`: those of all older keyframes are one."""
     full = [*row, 0.0, 0.0, 0.0, 0.0]
     return (*full[:3], sum(full[3:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
@@ -15,14 +16,30 @@ from autofr.memory import size
 from autofr.mix import JUMP, KEY
 from autofr.policy import Policy
 from autofr.report.html import data_url
-from autofr.report.policy_chart import does, kinds
-from autofr.report.profile_pictures import kinds_of, short_name
+from autofr.report.policy_chart import OFF, does, kinds
 from autofr.report.svg import drawing, mark, node
 from autofr.report.wording import count, duration
 
 HUE = (43, 112, 196)  # of the heat map; how opaque it is says how much changes
 PALEST = 0.07
 MOST_POINTS = 200  # in the table
+
+
+def kinds_of(profile: Profile) -> dict[str, list[str]]:
+    """Names of points by kind, in network order; the score, which is no point, comes last."""
+    kinds: dict[str, list[str]] = {}
+    rank = {"down": 0, "mid": 1}
+    ordered = sorted(profile.points, key=lambda point: rank.get(point.name.split("_")[0], 2))
+    points = {point.name: point.kind for point in ordered}
+    for name in [*points, *(name for name in profile.similarity if name not in points)]:
+        kinds.setdefault(points.get(name, name.split("#")[-1]), []).append(name)
+    return kinds
+
+
+def short_name(name: str) -> str:
+    """`up_blocks.2.resnets.0#conv` -> `up 2 resnet 0`."""
+    path = re.sub(r"_blocks?\b", "", name.split("#")[0].replace(".", " "))
+    return re.sub(r"(resnet|attention)s\b", r"\1", path)
 
 
 # -- similarity -----------------------------------------------------------------------------------
@@ -45,24 +62,36 @@ class HeatMap:
     """All kinds of points, in one scale of change per step, `low` to `high` in words."""
 
     kinds: list[Heat]
-    steps: int
+    steps: range
     low: str
     high: str
 
 
 def heat_map(profile: Profile) -> HeatMap:
-    """How much every point's tensor changes from one step to the next."""
-    change = {n: np.array(s.relative_l1[0], float) for n, s in profile.similarity.items()}
-    known = np.concatenate(list(change.values()))
-    known = known[known > 0] if (known > 0).any() else np.ones(1)
-    low, high = np.percentile(known, [1, 99.5])
-    high = max(high, 1.01 * low)
+    """How much every point's tensor changes from one step to the next, of those that run."""
+    change, low, high = changes(profile)
     found = []
     for kind, names in kinds_of(profile).items():
         values = np.stack([change[name] for name in names])
         rows = [(short_name(name), name, _said(change[name])) for name in names]
         found.append(Heat(kind, _picture(values, low, high), rows))
-    return HeatMap(found, profile.steps, f"{100 * low:.2g} %", f"{100 * high:.2g} %")
+    steps = range(profile.first, profile.steps)
+    return HeatMap(found, steps, f"{100 * low:.2g} %", f"{100 * high:.2g} %")
+
+
+def changes(profile: Profile) -> tuple[dict[str, np.ndarray], float, float]:
+    """Change of every point over the steps that run, and the range in which nearly all of it is.
+
+    The first of these has no step before it: NaN.
+    """
+    change = {
+        name: np.array(one.relative_l1[0], float)[profile.first :]
+        for name, one in profile.similarity.items()
+    }
+    known = np.concatenate(list(change.values()))
+    known = known[known > 0] if (known > 0).any() else np.ones(1)
+    low, high = np.percentile(known, [1, 99.5])
+    return change, float(low), float(max(high, 1.01 * low))
 
 
 def _picture(values: np.ndarray, low: float, high: float) -> str:
@@ -107,14 +136,20 @@ def bars(profile: Profile, policy: Policy) -> list[Bar]:
     the call.
     """
     steps, measured, costs = does(policy), policy.measured, profile.costs
-    whole = costs.teacher(policy.sampler.replaces)
-    if not {*steps} <= {KEY, JUMP, *profile.mask_seconds} or (
+    asked = policy.sampler.replaces
+    run = asked - (profile.first if asked == profile.steps else 0)
+    whole = costs.fixed + run * costs.key
+    if not {*steps} <= {KEY, JUMP, OFF, *profile.mask_seconds} or (
         measured and not 0.7 < whole / measured.teacher_seconds < 1.4
     ):
         return []
     parts: dict[str, list[tuple[str, str, int, float]]] = {
-        "teacher": [("full steps", "key", policy.sampler.replaces, profile.key_seconds)],
-        "policy": [(k.name, k.shade, k.steps, costs.of_step(k.name)) for k in kinds(policy)],
+        "teacher": [("full steps", "key", run, profile.key_seconds)],
+        "policy": [
+            (k.name, k.shade, k.steps, costs.of_step(k.name))
+            for k in kinds(policy)
+            if k.name != OFF
+        ],
     }
     return [_bar(name, some, profile.fixed_seconds, whole) for name, some in parts.items()]
 
@@ -171,7 +206,8 @@ def point_rows(profile: Profile) -> list[Mapping[str, object]]:
 
 def setting(profile: Profile) -> str:
     """What was profiled, and where."""
+    run = f" of which {profile.steps - profile.first} run" if profile.first else ""
     return (
-        f"{profile.denoiser}, {count(profile.steps, 'step')}, batch {profile.batch},"
+        f"{profile.denoiser}, {count(profile.steps, 'step')}{run}, batch {profile.batch},"
         f" {profile.device}, {profile.dtype}"
     )

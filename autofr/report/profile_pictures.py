@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from matplotlib.patches import Patch
 
 from autofr.measure.profiling import Profile
 from autofr.memory import size
-from autofr.mix import JUMP, KEY
-from autofr.report.canvas import INK, SHADES, picture, plain_numbers
-from autofr.report.wording import count, duration
+from autofr.mix import KEY
+from autofr.report.canvas import colours, label, picture
+from autofr.report.policy_chart import SHADES
+from autofr.report.profile_charts import changes, kinds_of, setting, shares, short_name
+from autofr.report.svg import Axis
+from autofr.report.wording import duration
 
 MOST_LABELS = 130  # points with a label each in one picture
-PALE = "#C9D6DF"
 
 
 def profile_pictures(profile: Profile, folder: Path) -> list[Path]:
@@ -29,23 +30,6 @@ def profile_pictures(profile: Profile, folder: Path) -> list[Path]:
     for name, draw in pictures.items():
         draw(profile, folder / name)
     return [folder / name for name in pictures]
-
-
-def kinds_of(profile: Profile) -> dict[str, list[str]]:
-    """Names of points by kind, in network order; the score, which is no point, comes last."""
-    kinds: dict[str, list[str]] = {}
-    rank = {"down": 0, "mid": 1}
-    ordered = sorted(profile.points, key=lambda point: rank.get(point.name.split("_")[0], 2))
-    points = {point.name: point.kind for point in ordered}
-    for name in [*points, *(name for name in profile.similarity if name not in points)]:
-        kinds.setdefault(points.get(name, name.split("#")[-1]), []).append(name)
-    return kinds
-
-
-def short_name(name: str) -> str:
-    """`up_blocks.2.resnets.0#conv` -> `up 2 resnet 0`."""
-    path = re.sub(r"_blocks?\b", "", name.split("#")[0].replace(".", " "))
-    return re.sub(r"(resnet|attention)s\b", r"\1", path)
 
 
 def _height(rows: int, panels: int) -> float:
@@ -61,8 +45,10 @@ def _panels(
     every = -(-sum(map(len, kinds.values())) // MOST_LABELS)
     for (kind, names), ax in zip(kinds.items(), panels[:, 0], strict=True):
         yield ax, kind, names
-        labelled = range(0, len(names), every)
-        ax.set_yticks(labelled, [short_name(names[row]) for row in labelled], fontsize=7)
+        ax.set_yticks([])
+        beside: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "fontsize": 7}
+        for row in range(0, len(names), every):  # a tick with a label costs five times a text
+            ax.text(-0.008, row, short_name(names[row]), ha="right", va="center", **beside)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.tick_params(length=0)
         ax.set_title(kind, fontsize=9)
@@ -72,26 +58,28 @@ def _panels(
 
 def _similarity(profile: Profile, path: Path) -> None:
     """Heat map: how much each point's tensor changes from one step to the next."""
-    change = {n: np.array(s.relative_l1[0], float) for n, s in profile.similarity.items()}
-    known = np.concatenate(list(change.values()))
-    low, high = np.percentile(known[known > 0] if (known > 0).any() else [1.0], [1, 99.5])
-    norm = LogNorm(low, max(high, 1.01 * low), clip=True)
-    kinds = kinds_of(profile)
+    change, low, high = changes(profile)
+    first, kinds = profile.first, kinds_of(profile)
+    where = (first - 0.5, profile.steps - 0.5)
     height = _height(len(change), len(kinds))
-    title = f"Change of every point from one step to the next\n{_setting(profile)}"
+    title = f"Change of every point from one step to the next\n{setting(profile)}"
     with picture(path, 10, height, title) as figure:
         axes = []
         for ax, _, names in _panels(figure, kinds):
             shown = np.stack([change[name] for name in names])
-            image = ax.imshow(shown, "magma_r", norm, aspect="auto", interpolation="nearest")
-            ax.set_facecolor("#E4E7EB")
+            image = ax.imshow(
+                shown, "magma_r", LogNorm(low, high, clip=True), aspect="auto",
+                interpolation="nearest", extent=(*where, len(names) - 0.5, -0.5),
+            )  # fmt: skip
+            ax.set_facecolor(colours()["fixed"])
             ax.grid(False)
             axes.append(ax)
         axes[-1].set_xlabel("step (the first has none before it)")
         bar = figure.colorbar(image, ax=axes, shrink=min(1, 5 / height), anchor=(0, 1), aspect=35)
         bar.set_label("relative L1 change (light: worth reusing)")
         bar.outline.set_visible(False)
-        plain_numbers(bar.ax)
+        ticks = Axis(low, high, 0, 1, log=True).ticks()
+        label(bar.ax, "y", ticks, [f"{100 * value:.3g} %" for value in ticks])
 
 
 def _latency(profile: Profile, path: Path) -> None:
@@ -99,7 +87,7 @@ def _latency(profile: Profile, path: Path) -> None:
     points = {point.name: point for point in profile.points if point.kind != "stage"}
     kinds = {kind: names for kind, names in kinds_of(profile).items() if names[0] in points}
     longest = max((point.whole_seconds for point in points.values()), default=0) * 1e3
-    title = f"Where the time goes\n{_setting(profile)}; a full step {duration(profile.key_seconds)}"
+    title = f"Where the time goes\n{setting(profile)}; a full step {duration(profile.key_seconds)}"
     rows = max(len(points), len(profile.mask_seconds) + 6)
     with picture(path, 12.5, _height(rows, len(kinds)), title) as figure:
         halves: Any = figure.subfigures(1, 2, width_ratios=(3, 2))
@@ -107,15 +95,15 @@ def _latency(profile: Profile, path: Path) -> None:
         for ax, _, names in _panels(left, kinds):
             whole = np.array([points[name].whole_seconds for name in names]) * 1e3
             skipped = np.array([points[name].skippable_seconds for name in names]) * 1e3
-            ax.barh(range(len(names)), whole, 0.8, color=PALE)
-            ax.barh(range(len(names)), skipped, 0.8, color="#0072B2")
+            ax.barh(range(len(names)), whole, 0.8, color=colours()["jump"])
+            ax.barh(range(len(names)), skipped, 0.8, color=colours()["fewer"])
             for row, (total, part) in enumerate(zip(whole, skipped, strict=True)):
                 if total and len(points) <= MOST_LABELS:
                     share = f"{part / total:.0%}"
                     ax.text(total + longest / 100, row, share, va="center", fontsize=7)
             ax.set_xlim(0, longest * 1.08 or 1)
         ax.set_xlabel("ms per evaluation")
-        light, dark = Patch(color=PALE), Patch(color="#0072B2")
+        light, dark = Patch(color=colours()["jump"]), Patch(color=colours()["fewer"])
         words = ("whole module", "skipped by reuse (with its share)")
         left.legend((light, dark), words, loc="outside lower left", ncols=2)
         _mask_bars(right, profile, rows)
@@ -123,17 +111,16 @@ def _latency(profile: Profile, path: Path) -> None:
 
 def _mask_bars(figure: SubFigure, profile: Profile, rows: int) -> None:
     """Seconds of a step with each mask as a share of a fully computed one, and memory kept."""
-    seconds = {KEY: profile.key_seconds, **profile.mask_seconds, JUMP: profile.jump_seconds}
-    tall = min(rows, max(2 * len(seconds), rows // 4))
+    spent = dict(sorted(shares(profile).items(), key=lambda item: -item[1]))
+    tall = min(rows, max(2 * len(spent), rows // 4))
     ax, rest = figure.subplots(2, 1, height_ratios=(tall, rows - tall + 1))
     rest.set_axis_off()
-    for row, (name, spent) in enumerate(seconds.items()):
-        share = spent / profile.key_seconds
-        ax.barh(row, share, 0.8, color=INK if name == KEY else "#009E73")
+    for row, (name, share) in enumerate(spent.items()):
+        ax.barh(row, share, 0.8, color=colours()["key" if name == KEY else "jump"])
         kept = profile.mask_bytes.get(name)
         memory = f", keeps {size(kept)}" if kept else ""
         ax.text(share + 0.01, row, f"{share:.0%}{memory}", va="center", fontsize=8)
-    ax.set_yticks(range(len(seconds)), list(seconds), fontsize=8)
+    ax.set_yticks(range(len(spent)), list(spent), fontsize=8)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.35), xticks=[])
     ax.grid(False)
@@ -144,12 +131,13 @@ def _mask_bars(figure: SubFigure, profile: Profile, rows: int) -> None:
 
 def _gaps(profile: Profile, path: Path) -> None:
     """Lines: mean similarity of each kind against the gap, with the band of 80 % of its points."""
-    title = f"How long a kept tensor stays good\n{_setting(profile)}"
+    title = f"How long a kept tensor stays good\n{setting(profile)}"
     metrics = {"cosine": "Cosine similarity", "relative_l1": "Relative L1 change"}
     with picture(path, 11, 4.6, title) as figure:
         panels = figure.subplots(1, 2)
         for ax, (metric, label) in zip(panels, metrics.items(), strict=True):
-            for (kind, names), colour in zip(kinds_of(profile).items(), SHADES, strict=False):
+            for k, (kind, names) in enumerate(kinds_of(profile).items()):
+                colour = colours()[f"m{k % SHADES}"]
                 rows = [getattr(profile.similarity[name], metric) for name in names]
                 means = np.nanmean(np.array(rows, float)[:, : profile.steps - 1], axis=2)
                 gaps = np.arange(1, means.shape[1] + 1)
@@ -161,7 +149,3 @@ def _gaps(profile: Profile, path: Path) -> None:
             ax.set_xticks(gaps)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-
-
-def _setting(profile: Profile) -> str:
-    return f"{profile.denoiser}, {count(profile.steps, 'step')}, {profile.device}"

@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from autofr import files
+from autofr import files, reading
 from autofr.errors import RunFolderError
 from autofr.measure.profiling import Profile
 from autofr.memory import size
 from autofr.policy import Interval, Measured
-from autofr.report.pictures import LOOKS, SHOWN, grid, pareto, policy_strip, samples
+from autofr.report.front import LOOKS
+from autofr.report.pictures import SHOWN, grid, pareto, policy_strip, samples
 from autofr.report.profile_pictures import profile_pictures
 from autofr.report.wording import count, duration, exact, percent, speedup_of, times, wanted_speedup
 from autofr.search.result import Result
@@ -226,6 +227,7 @@ def write(
 
     Raises: RunFolderError when the folder cannot be written.
     """
+    result = told(result, profile)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("result.json", "pareto.png", "policy.png")]
@@ -247,6 +249,18 @@ def write(
     return [*paths, folder / "report.md"]
 
 
+def told(result: Result, profile: Profile | None) -> Result:
+    """A result of an older version, told by its profile which steps of a call did not run."""
+    policy = result.policy
+    if not (profile and profile.first and policy.measured) or policy.measured.skipped_steps:
+        return result
+    if len(policy.steps) != profile.steps:  # a call of other steps begins elsewhere
+        return result
+    measured = policy.measured.model_copy(update={"skipped_steps": profile.first})
+    policy = policy.model_copy(update={"measured": measured})
+    return result.model_copy(update={"policy": policy})
+
+
 def load_result(folder: Path) -> Result:
     """Read `result.json` of a finished search.
 
@@ -254,7 +268,7 @@ def load_result(folder: Path) -> Result:
     """
     path = folder / "result.json"
     try:
-        return Result.model_validate_json(path.read_bytes())
+        return Result.model_validate_json(reading.content(path, reading.OWN))
     except OSError as error:
         raise RunFolderError(
             f"{path}: cannot read the result ({error.strerror}); give the folder of a finished"

@@ -3,105 +3,66 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
+from autofr import reading
 from autofr.errors import damaged
-from autofr.plan.baselines import Group
-from autofr.policy import Interval
+from autofr.report.front import Mark, Panel
 from autofr.report.svg import MARKERS, Axis, around, drawing, mark, node
-from autofr.report.wording import exact, percent, speedup_of, times, wanted_speedup
-from autofr.search.result import Result, Row
+from autofr.report.wording import exact, percent
 
-# Label, class in the style sheet and marker of each group.
-LOOKS: dict[Group, tuple[str, str, str]] = {
-    "teacher": ("teacher", "teacher", "square"),
-    "chosen": ("chosen policy", "chosen", "star"),
-    "planned": ("planned", "planned", "circle"),
-    "fewer steps": ("fewer steps", "fewer", "down"),
-    "frdiff": ("FRDiff, uniform", "frdiff", "up"),
-    "deepcache": ("DeepCache, uniform", "deepcache", "diamond"),
-    "other solver": ("another solver", "other", "cross"),
-}
 WIDTH, HEIGHT = 560, 400
 LEFT, RIGHT, TOP, BOTTOM = 58, 542, 14, 356
-
-
-def legend(result: Result) -> list[tuple[str, str, str]]:
-    """Label, class and marker's path of the groups that a result has."""
-    there = {row.group for row in result.rows}
-    return [(label, look, MARKERS[m]) for g, (label, look, m) in LOOKS.items() if g in there]
 
 
 # -- rows against speed-up ------------------------------------------------------------------------
 
 
-def errors(result: Result) -> Element:
-    """Error to the teacher of every row against its speed-up; both axes logarithmic."""
-    label = "Error to the teacher against speed-up, a mark per row"
-    return _panel(result, lambda row: row.error, label, lambda y: f"{100 * y:.3g} %")
-
-
-def fids(result: Result) -> Element | None:
-    """FID of every row against its speed-up; None without any."""
-    if all(row.fid is None for row in result.rows):
+def panel(shown: Panel | None) -> Element | None:
+    """Rows against their speed-up; None without any."""
+    if shown is None:
         return None
-    label = "FID against speed-up, a mark per row"
-    return _panel(
-        result, lambda row: None if row.fid is None else exact(row.fid), label, lambda y: f"{y:.4g}"
-    )
-
-
-def _panel(
-    result: Result, y_of: Callable[[Row], Interval | None], label: str, write: Callable[..., str]
-) -> Element:
-    shown = [(row, speedup_of(row), y) for row in result.rows if (y := y_of(row)) is not None]
+    label = f"{shown.title}, against speed-up, a mark per row"
     root = drawing((0, 0, WIDTH, HEIGHT), label, "front")
-    budget = wanted_speedup(result)
-    ends = [end for _, x, _ in shown for end in (x.low, x.high)] + [budget or 1.0]
-    across = Axis(*around(ends, log=True), LEFT, RIGHT, log=True)
-    heights = [end for *_, y in shown for end in (y.low, y.value, y.high) if end > 0] or [0.01, 1]
-    log = max(heights) > 1.8 * min(heights)
-    up = Axis(*around(heights, log, 0.08), BOTTOM - 16, TOP, log=log)
-    _frame(root, across, up, "speed-up of the whole call", lambda x: f"{x:g}x", write)
-    if budget:
-        there = across(budget)
+    across = Axis(*shown.across, LEFT, RIGHT, log=True)
+    up = Axis(*shown.up, BOTTOM - 16, TOP, log=shown.log)
+    _frame(root, across, up, "speed-up of the whole call", lambda x: f"{x:g}x", shown.write)
+    if shown.budget:
+        there = across(shown.budget[0])
         node(root, "line", x1=there, x2=there, y1=TOP, y2=BOTTOM, kind="budget")
-        _beside(root, f"budget {result.budget}", there, TOP + 10, 5, "tick")
-    for look, groups in {"planned": ("planned", "chosen"), "fewer": ("fewer steps",)}.items():
-        both = [(x, y) for row, x, y in shown if row.group in groups and y.value > 0]
-        line = sorted((across(x.value), up(y.value)) for x, y in both)
+        _beside(root, shown.budget[1], there, TOP + 10, 5, "tick")
+    for colour, marks in shown.lines.items():
+        line = [(across(mark.x.value), up(mark.y.value)) for mark in marks if mark.y.value > 0]
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
-        node(root, "polyline", points=places, kind=f"line line-{look}")
-    order = [*(group for group in LOOKS if group != "chosen"), "chosen"]  # drawn last, on top
-    for row, x, y in sorted(shown, key=lambda one: (order.index(one[0].group), one[1].value)):
-        _row(root, result, row, (x, y), across, up)
+        node(root, "polyline", points=places, kind=f"line line-{colour}")
+    for one in shown.marks:
+        _mark(root, one, across, up)
     return root
 
 
-def _row(
-    root: Element, result: Result, row: Row, at: tuple[Interval, Interval], across: Axis, up: Axis
-) -> None:
+def _mark(root: Element, one: Mark, across: Axis, up: Axis) -> None:
     """A row's marker with its intervals; hollow where the speed-up is predicted only."""
-    x, y = at
-    _, look, marker = LOOKS[row.group]
-    group = mark(root, says(row, result))
+    x, y, look = one.x, one.y, one.look.colour
+    group = mark(root, one.says)
     left, right = across(x.value), up(y.value) if y.value > 0 else float(BOTTOM)
     if y.value > 0 and y.high > y.low:
         node(group, "line", x1=left, x2=left, y1=up(y.low), y2=up(y.high), kind=f"line-{look}")
     if x.high > x.low:
         start, end = across(x.low), across(x.high)
         node(group, "line", x1=start, x2=end, y1=right, y2=right, kind=f"line-{look}")
-    guessed = "" if row.speedup or row.group == "teacher" else " hollow"
+    guessed = "" if one.measured else " hollow"
     place = f"translate({left:.1f} {right:.1f})"
     node(group, "circle", cx=left, cy=right, r=12, kind="catch")
-    node(group, "path", d=MARKERS[marker], transform=place, kind=f"point fill-{look}{guessed}")
+    path = MARKERS[one.look.marker]
+    node(group, "path", d=path, transform=place, kind=f"point fill-{look}{guessed}")
     if y.value == 0:  # below every logarithmic axis: it stands on the floor
         node(group, "text", "0", x=left + 9, y=right - 6, kind="tick")
-    if row.group == "chosen":
-        _beside(group, "chosen", left, right + 17, 12, f"label text-{look}")
+    if one.row.group == "chosen":
+        _beside(group, one.note, left, right + 17, 12, f"label text-{look}")
 
 
 def _beside(parent: Element, text: str, x: float, y: float, gap: float, kind: str) -> None:
@@ -110,14 +71,6 @@ def _beside(parent: Element, text: str, x: float, y: float, gap: float, kind: st
         node(parent, "text", text, x=x - gap, y=y, kind=f"{kind} end")
     else:
         node(parent, "text", text, x=x + gap, y=y, kind=kind)
-
-
-def says(row: Row, result: Result) -> str:
-    """A row in words."""
-    gain = times(row.speedup) if row.speedup else f"{row.predicted_speedup:.2f}x predicted"
-    fid = "" if row.fid is None else f", FID {row.fid:.2f}"
-    name = "chosen policy" if row.name == result.chosen else row.name
-    return f"{name}: {gain}, error {percent(row.error)}{fid}"
 
 
 def _frame(
@@ -164,8 +117,8 @@ def load_trials(path: Path) -> list[Trial]:
     if not path.is_file():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [_trial(line) for line in csv.DictReader(file, strict=True)]
+        text = reading.content(path, reading.OWN).decode("utf-8")
+        return [_trial(line) for line in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         raise damaged(path) from None
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autofr.errors import PolicyError
+from autofr.errors import ModelError, PolicyError
 
 FLOW = ("model_output", "timestep", "sample", "return_dict")  # what every step is given
 
@@ -77,6 +77,7 @@ class Clock:
         self.step: int | None = None
         self.index = 0
         self.calls = 0
+        self._again: Any = None  # the timestep that the second pass must have, where that is known
         self._of_pass: list[int] = []
         self._listener = listener
         self._substitute = substitute
@@ -115,9 +116,8 @@ class Clock:
         At a run's first call the clock is set to where the run begins: pipelines that start in the
         middle (img2img, inpainting with a strength) tell the scheduler, or use a later timestep.
         """
-        if self.index == 0 and self.calls == 0:
-            self._set(self._begin(timestep))
-            self._check_begin()
+        if self.calls == 0:
+            self._place(timestep)
         self.calls += 1
         assert self.step is not None
         return self.calls - 1, self.step
@@ -130,6 +130,26 @@ class Clock:
         if self.step is None:
             self.stop()
 
+    def _place(self, timestep: Any) -> None:
+        """Set the clock at a run's first call to where it begins.
+
+        Raises: ModelError at the next pass where that was not to be known: PNDM visits its second
+            timestep twice, and a run that begins there is taken to begin with the first visit.
+        """
+        if self.index == 0:
+            self._set(self._begin(timestep))
+            self._check_begin()
+            return
+        expected, self._again = self._again, None
+        if expected is not None and torch.as_tensor(timestep).flatten()[0].cpu() != expected:
+            self.stop()
+            raise ModelError(
+                f"{type(self.scheduler).__name__} takes its second timestep twice, and this call"
+                " begins with the second of the two, which cannot be told from the first: let it"
+                " begin a step earlier or later (another strength or step count), or use another"
+                " solver"
+            )
+
     def _begin(self, timestep: Any) -> int:
         for told in ("begin_index", "step_index"):  # the second after `scale_model_input`
             index = getattr(self.scheduler, told, None)
@@ -139,8 +159,10 @@ class Clock:
         # None, or scaled to 0..1, as transformers of flows are given it; 1 may be a flow's first.
         if float(now) < 1 or (float(now) == 1 and not hasattr(self.scheduler, "alphas_cumprod")):
             return 0
-        equal = (torch.as_tensor(self.scheduler.timesteps).cpu() == now).nonzero()
-        return int(equal[0, 0]) if len(equal) else 0
+        equal = (torch.as_tensor(self.scheduler.timesteps).cpu() == now).nonzero().flatten()
+        if len(equal) > 1 and equal[0] > 0:
+            self._again = now[0]
+        return int(equal[0]) if len(equal) else 0
 
     def _check_begin(self) -> None:
         """Refuse to begin at a place that the pipe has counted in other steps than run.
@@ -174,6 +196,7 @@ class Clock:
         self._of_pass = solver_steps(self.scheduler)
         self._listener.started(self._of_pass[-1] + 1)
         self.calls = 0
+        self._again = None
         self._set(0)
         return result
 
@@ -201,8 +224,8 @@ class Clock:
         given = self._order.bind(*args, **kwargs)
         named = given.arguments
         try:
-            if self.index == 0 and self.calls == 0:  # nobody counts calls here
-                self._set(self._begin(named["timestep"]))
+            if self.calls == 0:  # nobody counts calls here
+                self._place(named["timestep"])
             others = {name: value for name, value in named.items() if name not in FLOW}
             named["model_output"] = self._listener.stepping(
                 named["model_output"], named["sample"], others

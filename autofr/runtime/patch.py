@@ -26,7 +26,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import nn
 
 from autofr.errors import PolicyError
-from autofr.runtime.clock import Clock, Listener
+from autofr.runtime.clock import Clock, Listener, solver_steps
 from autofr.runtime.held import Form, forms
 from autofr.runtime.points import Given, Pipe, Point, experts, sample_of, timestep_of
 from autofr.runtime.store import (
@@ -254,8 +254,8 @@ class _Root(_Hook):
         if kept.signature != now:
             kept.forget()
             kept.signature = now
-        if len(kept.scores) < max(1, len(weights) - 1):
-            mask = COMPUTE
+        if len(kept.scores) < max(int(mask != COMPUTE), len(weights) - 1):
+            mask, weights = COMPUTE, ()
         if mask == COMPUTE:
             kept.anchors = [weakref.ref(tensor) for tensor in tensors_in(given)]
         self.counts[_COUNTED.get(mask, "mask")] += 1
@@ -266,14 +266,14 @@ class _Root(_Hook):
 
     @torch.compiler.disable
     def _end(self, call: _Call, output: Any) -> Any:
-        """Hold a keyframe's score; else mix with what is held. Returns the call's output."""
+        """Mix with what is held; then hold a keyframe's own score. Returns the call's output."""
         self.run.mask, self.run.keep = COMPUTE, False
+        plain = call.weights == () or (call.weights == (1.0,) and not self.patch.on_mix)
+        mixed = None if plain else self._mixed(call, None if output is None else output[0])
         if call.mask == COMPUTE:
             self._hold(call, output)
+        if mixed is None:
             return output
-        if call.mask != HOLD and call.weights == (1.0,) and not self.patch.on_mix:
-            return output
-        mixed = self._mixed(call, None if output is None else output[0])
         kept = self.run.kept
         return (mixed,) if kept.output_class is tuple else kept.output_class(sample=mixed)
 
@@ -469,10 +469,26 @@ class Patch(Listener):
                 f" pipe with num_inference_steps={len(self.plan)}, retime the policy"
                 f" (policy.retime({steps})), or search again with --steps {steps}"
             )
+        self._check_stages()
         self.counts.clear()
         self._forms = forms(self.pipe.scheduler)
         self.graphs = uses_graphs(self.pipe)
         self._follow_replaced()
+
+    def _check_stages(self) -> None:
+        """Refuse to mix at a keyframe that the solver evaluates more than once.
+
+        Raises: PolicyError.
+        """
+        assert self.plan is not None
+        passes = Counter(solver_steps(self.pipe.scheduler))
+        for step, (mask, weights) in enumerate(self.plan):
+            if mask == COMPUTE and weights and passes[step] > 1:
+                raise PolicyError(
+                    f"this policy mixes at keyframe {step}, which {passes[step]} calls of"
+                    f" {type(self.pipe.scheduler).__name__} make up: take a solver of one call per"
+                    " step, or search again with this one"
+                )
 
     def stopped(self) -> None:
         """A run is over: free what it kept."""

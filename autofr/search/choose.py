@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from autofr.errors import BudgetError
-from autofr.policy import Policy
 from autofr.runtime.points import Pipe
 from autofr.search.evaluate import Candidate, Evaluator, Score
-from autofr.search.study import Ledger, Record, Settings
+from autofr.search.folder import Settings
+from autofr.search.ledger import Ledger, Record
+from autofr.search.trial import candidate_of
 from autofr.search.verify import Verdict, finalists, within_budget
 
 
@@ -41,7 +42,7 @@ class Chooser:
         ranked = []
         for done, record in enumerate(best):
             self.on_progress("choose", done, len(best))
-            found = _candidate_of(record)
+            found = candidate_of(record.notes)
             score = self.score(found)
             fid = self.evaluator.fid(score)
             ranked.append((score.error.value if fid is None else fid, record, found))
@@ -78,7 +79,7 @@ class Chooser:
         nearer = [r for r in rows if r.notes["line"]["error"]["value"] < error]
         nearer.sort(key=lambda r: r.notes["line"]["error"]["value"])
         try:
-            return self._hold([(r, _candidate_of(r)) for r in nearer]) if nearer else verdict
+            return self._hold([(r, candidate_of(r.notes)) for r in nearer]) if nearer else verdict
         except BudgetError:  # none of them, when measured
             return verdict
 
@@ -87,10 +88,3 @@ class Chooser:
             self.on_progress("measure", pairs, pairs + 1)
 
         return within_budget(self.pipe, self.settings, ranked, self.again, on_pair)
-
-
-def _candidate_of(record: Record) -> Candidate:
-    """The candidate that a trial has scored."""
-    notes = record.notes
-    policy = Policy.model_validate(notes["policy"], strict=False)
-    return Candidate(notes["label"], notes["group"], policy, notes["seconds"])

@@ -11,8 +11,9 @@ from autofr.measure.profiling import Profile
 from autofr.policy import Policy
 from autofr.runtime.points import Pipe, name_of
 from autofr.search.evaluate import Candidate, Evaluator, Score, fine_steps
+from autofr.search.folder import PURPOSES, Settings
+from autofr.search.ledger import Record
 from autofr.search.result import Result, Row
-from autofr.search.study import PURPOSES, Record, Settings
 from autofr.task import plain
 
 AS_FAST = 0.97  # rows at most 3 % slower than the choice are compared with it

@@ -139,6 +139,8 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
     share = trial.suggest_categorical("steps", axes.steps)
     name = trial.suggest_categorical("masks", axes.masks)
     mix = _mix(axes, trial)
+    steps = _steps(frame, share)
+    calibration = frame.calibration(steps)
     rule = Rule(
         masks=family(name, frame.masks),
         max_gap=trial.suggest_int("max_gap", *axes.max_gap),
@@ -151,10 +153,12 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
         last=trial.suggest_int("last", *axes.last),
     )
     rollouts = trial.suggest_int("rollouts", *axes.rollouts)
-    steps = _steps(frame, share)
-    found = _within_memory(frame, frame.calibration(steps), rule)
+    rollouts = rollouts if isinstance(mix, str) else 0
+    # Only paths of the teacher's own steps, with one score each, are corrected.
+    corrected = rollouts > 0 and steps == frame.steps and calibration.stages == 1
+    found = _within_memory(frame, calibration, replace(rule, corrected=corrected))
     draft = Draft(f"planned ({name}, {mix_name(mix)})", "planned", found.steps, found.mix)
-    return Decoded(draft, frame.masks, found.seconds, rollouts if isinstance(mix, str) else 0)
+    return Decoded(draft, frame.masks, found.seconds, rollouts)
 
 
 def _within_memory(frame: Frame, calibration: Calibration, rule: Rule) -> Plan:

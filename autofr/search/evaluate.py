@@ -152,7 +152,8 @@ class Pulse:
 class Evaluator:
     """Holds the teacher's and the fine reference's samples of some seeds, and scores against them.
 
-    Policies of one search share the seeds, so that their scores are paired.
+    Policies of one search share the seeds, so that their scores are paired. Without `rows` there is
+    no fine reference and nothing is timed: what the table shows of its rows, and trials do without.
     """
 
     def __init__(
@@ -164,16 +165,19 @@ class Evaluator:
         features: Features | None = None,
         fine_seeds: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
+        rows: bool = True,
     ) -> None:
         self.pipe, self.seeds, self.steps, self.batch = pipe, list(seeds), steps, batch
-        self.features = features
+        self.features, self._rows = features, rows
         self._on_progress = on_progress
         self.pulse = Pulse(pipe)
         self.teacher = self._draw(self.seeds, steps)
-        self.pulse.calibrate()
-        self.teacher_speedup = self.pulse.speedup()
-        few = self.seeds[: min(fine_seeds, len(self.seeds))]
-        self.fine = self._draw(few, fine_steps(pipe, steps))
+        self.fine = Samples(self.teacher.images[:0], self.teacher.latents[:0])
+        if rows:
+            self.pulse.calibrate()
+            self.teacher_speedup = self.pulse.speedup()
+            few = self.seeds[: min(fine_seeds, len(self.seeds))]
+            self.fine = self._draw(few, fine_steps(pipe, steps))
         self._on_progress = None  # scores of single policies report nothing
 
     def score(self, policy: Policy, seeds: int | None = None) -> Score:
@@ -197,7 +201,8 @@ class Evaluator:
         self.pulse.taken = []  # one that failed may have left notes
 
         def one(some: Sequence[int]) -> Samples:
-            return self.pulse.timed(self.pipe, some, steps)
+            timed = self.pulse.timed if self._rows else draw
+            return timed(self.pipe, some, steps)
 
         return draw_all(one, seeds, self.batch, self._on_progress)
 

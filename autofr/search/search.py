@@ -6,8 +6,9 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from autofr.measure.calibration import Calibration, calibrate, candidate_masks, 
 from autofr.measure.profiling import Profile, profile
 from autofr.measure.profiling import load as load_profile
 from autofr.memory import size
-from autofr.plan import baselines, correction
+from autofr.plan import baselines
+from autofr.plan.baselines import Draft
 from autofr.plan.planner import out_of_reach
 from autofr.policy import Guidance, Measured, Provenance
 from autofr.runtime import guidance
@@ -27,11 +29,17 @@ from autofr.runtime.sampler import Samples, compose
 from autofr.runtime.start import Starts
 from autofr.search.choose import Chooser
 from autofr.search.compare import conclude, part, policy_row, shared, solver_row
+from autofr.search.crew import Crew
 from autofr.search.decode import Decoded, Frame, decode, fastest_seconds, guesses
 from autofr.search.evaluate import Candidate, Evaluator, check_runs, check_steps, other_solvers
+from autofr.search.facts import check_study, facts_of, study_name
+from autofr.search.folder import STATE, Settings
+from autofr.search.ledger import Ledger, Record, fixed
 from autofr.search.result import Result, Row
+from autofr.search.shared import Helped, Share, SharedLedger
 from autofr.search.space import largest_gap
-from autofr.search.study import STATE, Ledger, Record, Settings, dump, fixed
+from autofr.search.trial import Outcome, Proposal, Scorer, dump, notes_of
+from autofr.search.trials import Hands, Own, Trials
 from autofr.search.verify import Verdict, test
 from autofr.task import plain
 
@@ -42,7 +50,7 @@ _log = logging.getLogger("autofr")
 
 
 @dataclass
-class Outcome:
+class Finding:
     """A finished search: the result, and a few images of teacher and policy (same seeds)."""
 
     result: Result
@@ -53,33 +61,44 @@ class Outcome:
 
 @dataclass
 class Search:
-    """One run in one folder. Each stage keeps what it finds, so that a stop loses one trial."""
+    """One run in one folder. Each stage keeps what it finds, so that a stop loses one trial.
+
+    Trials are worked out here, by a `crew` of children, or with workers that `share` the study.
+    """
 
     pipe: Pipe
     settings: Settings
     folder: Path
     judge: Judge = NOBODY
     on_progress: OnProgress = lambda stage, done, total: None
+    crew: Crew | None = None
+    share: Share | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         self._tables: dict[int, Calibration] = {}
-        self._path: correction.Trajectory | None = None
-        self._latent_shape: tuple[int, ...] = ()
         self._guidance: Guidance = "none"
         self._notes: list[str] = []  # remarks on what could not be shown
 
-    def run(self) -> Outcome:
+    def run(self) -> Finding:
         """Search, choose, verify and test.
 
         Raises: BudgetError when the budget cannot be met; MeasurementError when the model gives
             NaN or latency does not settle; ModelError for a pipe that nothing can be planned for.
         """
-        self._prepare()
+        if self.share is None:
+            self._prepare()
+        with self._ledger() as ledger:
+            if isinstance(ledger, SharedLedger):  # what is in use is refused before any work
+                self._prepare()
+                ledger.publish(self._facts)
+            return self._searched(ledger)
+
+    def _searched(self, ledger: Ledger) -> Finding:
         settings = self.settings
-        ledger = Ledger(self.folder, settings.seed, settings.space.name)
         self._timed("trials", lambda: self._trials(ledger))
+        ledger.dismiss()
         ledger.write_csv(self.folder / "trials.csv")
         self._choice = Chooser(
             self.pipe, settings, self._evaluator, self._target, self._again, self.on_progress
@@ -101,7 +120,7 @@ class Search:
             self.stage_seconds,
             [*part(self._costs, settings.steps, policy), *shared(self.pipe), *self._notes],
         )
-        return Outcome(result, self._profile, *samples)
+        return Finding(result, self._profile, *samples)
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -120,6 +139,7 @@ class Search:
             self._timed("calibrate", lambda: self._calibration(steps))
         self._solvers = other_solvers(self.pipe, starts.short(2, steps))
         self._evaluator = self._timed("teacher", self._new_evaluator)
+        self._scorer = Scorer(self.pipe, self.settings, self._evaluator)
 
     def _measure_profile(self) -> Profile:
         """Profile the pipe, or read the profile that is in the folder."""
@@ -187,7 +207,7 @@ class Search:
         return self._tables[steps]
 
     def _new_evaluator(self) -> Evaluator:
-        found = Evaluator(
+        return Evaluator(
             self.pipe,
             self.settings.seeds("validation"),
             self.settings.steps,
@@ -196,11 +216,12 @@ class Search:
             fine_seeds=self.settings.trial_seeds,
             on_progress=lambda done, total: self.on_progress("teacher", done, total),
         )
-        self._latent_shape = tuple(found.teacher.latents.shape[1:])
-        return found
 
-    def candidate(self, decoded: Decoded) -> Candidate:
-        """Write a decoded draft as a policy of this pipe, its mix corrected by rollouts."""
+    def propose(self, decoded: Decoded) -> Proposal:
+        """Write a decoded draft as a policy of this pipe.
+
+        Raises: BudgetError when it would keep too much.
+        """
         draft = decoded.draft
         policy = compose(
             self.pipe,
@@ -209,69 +230,64 @@ class Search:
             decoded.masks,
             draft.mix,
             replaces=self.settings.steps,
-            latent_shape=self._latent_shape,
+            latent_shape=tuple(self._evaluator.teacher.latents.shape[1:]),
             guidance=self._guidance,
             keep=self.settings.keep,
         )
-        steps = len(draft.steps)
-        if decoded.rollouts and steps == self.settings.steps:
-            seeds = self.settings.seeds("calibration")
-            self._path = self._path or correction.trajectory(
-                self.pipe, seeds, steps, self.settings.batch
-            )
-            policy = correction.correct(self.pipe, policy, self._path, decoded.rollouts)
-        return Candidate(draft.name, draft.group, policy, decoded.seconds)
+        self._frame.memory.check(policy.steps, policy.masks, policy.mix)
+        return Proposal(
+            Candidate(draft.name, draft.group, policy, decoded.seconds), decoded.rollouts
+        )
 
-    def _published(self) -> dict[str, Decoded]:
-        masks, steps = self._profile.masks, self.settings.steps
-        drafts = baselines.published(masks, self._costs, steps, self._target)
-        return {draft.name: Decoded(draft, masks, draft.seconds(self._costs)) for draft in drafts}
+    def candidate(self, decoded: Decoded) -> Candidate:
+        """A decoded draft as a policy of this pipe, its mix corrected by rollouts."""
+        return self._scorer.correct(self.propose(decoded))
+
+    def _row(self, draft: Draft) -> Outcome:
+        """Score a published schedule as the table shows it."""
+        masks = self._profile.masks
+        proposal = self.propose(Decoded(draft, masks, draft.seconds(self._costs)))
+        found = proposal.candidate
+        score = self._evaluator.score(found.policy)
+        line = policy_row(found, score, self._evaluator, self._costs)
+        notes = notes_of(found) | {"proposal": proposal.key, "line": dump(line)}
+        return Outcome(self._scorer.value(score), notes)
 
     def _trials(self, ledger: Ledger) -> None:
         """Run queued trials and the algorithm's, until there are enough or time is up."""
-        rows, settings = self._published(), self.settings
-        ledger.enqueue_rows([*rows])
-        for params in guesses(settings.space):
-            ledger.enqueue(params)
-        scored = {r.notes["digest"]: r for r in ledger.records()}
-        began = time.monotonic()
-        while ledger.waiting() or ledger.proposed() < settings.trials:
-            self.on_progress("trials", ledger.finished(), len(rows) + settings.trials)
-            if settings.time_limit and time.monotonic() - began > settings.time_limit:
-                break
-            if settings.deadline is not None and time.monotonic() > settings.deadline:
-                break
-            trial = ledger.ask()
-            try:
-                name = trial.user_attrs.get("row")
-                decoded = rows[name] if name else decode(settings.space, trial, self._frame)
-                self._score(ledger, trial, self.candidate(decoded), scored)
-            except (BudgetError, MeasurementError) as error:  # of this trial, not of the search
-                ledger.give_up(trial, str(error))
-            except BaseException as error:
-                ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
-                raise
+        settings = self.settings
+        masks, steps = self._profile.masks, settings.steps
+        drafts = baselines.published(masks, self._costs, steps, self._target)
+        with self.crew or nullcontext():  # its children are gone before anything else is timed
+            Trials(
+                ledger,
+                settings,
+                self._hands(ledger),
+                {draft.name: partial(self._row, draft) for draft in drafts},
+                guesses(settings.space),
+                lambda trial: self.propose(decode(settings.space, trial, self._frame)),
+                self.on_progress,
+            ).run()
 
-    def _score(
-        self, ledger: Ledger, trial: Any, found: Candidate, scored: dict[str, Record]
-    ) -> None:
-        """Score one trial by rollouts; a policy that was scored before is not run again."""
-        policy = found.policy
-        self._frame.memory.check(policy.steps, policy.masks, policy.mix)
-        digest = policy.digest
-        notes: dict[str, Any] = {"label": found.name, "digest": digest}
-        if twin := scored.get(digest):
-            ledger.tell(trial, twin.value, notes | {"duplicate_of": twin.number})
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger]:
+        settings, share = self.settings, self.share
+        if share is None:
+            yield Ledger(self.folder, settings.seed, settings.space.name)
             return
-        published = "row" in trial.user_attrs
-        few = self.settings.trial_seeds
-        score = self._evaluator.score(found.policy, None if published else few)
-        value = float(score.errors[:few].mean())
-        notes |= {"group": found.group, "policy": dump(found.policy), "seconds": found.seconds}
-        if published:
-            notes["line"] = dump(policy_row(found, score, self._evaluator, self._costs))
-        ledger.tell(trial, value, notes)
-        scored[digest] = Record(trial.number, trial.params, value, notes)
+        self._facts = facts_of(self.pipe, settings, share.request, share.heartbeat)
+        name = share.study or study_name(self.folder.name, self._facts)
+        ledger = SharedLedger(share, name, settings.seed, settings.space.name)
+        try:
+            check_study(name, ledger.published, self._facts)
+            yield ledger
+        finally:
+            ledger.release()
+
+    def _hands(self, ledger: Ledger) -> Hands:
+        if isinstance(ledger, SharedLedger):
+            return Helped(ledger, self._scorer)
+        return self.crew or Own(self._scorer)
 
     # -- showing ---------------------------------------------------------------------------------
 

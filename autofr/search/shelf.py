@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from autofr import files
+from autofr import files, reading
 from autofr.errors import RunFolderError
 from autofr.measure import profiling
 from autofr.measure.calibration import Calibration
-from autofr.runtime.points import Pipe, name_of
+from autofr.runtime.points import Pipe
+from autofr.search.folder import STATE, Settings, Spec
 from autofr.search.space import largest_gap
-from autofr.search.study import STATE, Settings, Spec
 
 ALONE = ("budget", "space", "space_digest", "keep", "max_memory")
 """Fields of a run's spec that neither its profile nor its calibrations depend on."""
@@ -33,7 +33,6 @@ def ground_of(pipe: Pipe, settings: Settings, spec: Spec) -> dict[str, Any]:
         if isinstance(part, nn.Module)
     }
     ground = spec.model_dump(mode="json", exclude={*ALONE}) | {
-        "pipeline": name_of(pipe),
         "parts": sizes,
         "machine": profiling.device_name(pipe),
         "seeds": settings.seeds("calibration"),
@@ -77,7 +76,7 @@ def _leave(own: Path, place: Path, ground: dict[str, Any], gap: str) -> None:
 def _whole(place: Path, ground: dict[str, Any]) -> bool:
     """Whether a place on the shelf can be trusted: it says the same ground, and can be read."""
     try:
-        there = json.loads((place / "ground.json").read_text(encoding="utf-8"))
+        there = reading.parsed(reading.content(place / "ground.json", reading.OWN).decode())
         profiling.load(place / "profile.json")
         for path in place.glob("*/calibration-*.npz"):
             Calibration.load(path)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from autofr.errors import SpaceError
+from autofr import reading
+from autofr.errors import SpaceError, brief
 
 FamilyName = Literal["sigmoid", "hard_sigmoid", "linear", "cosine", "step", "constant"]
 MixName = Literal["fit1", "fit2", FamilyName]
 MaskFamily = Literal["all", "jump", "cuts", "jump+cuts", "jump+branches", "jump+frdiff", "frdiff"]
 SHIPPED = ("default", "frdiff", "direct")
+MAX_BYTES = 64 * 1024
 
 
 class _Value(BaseModel):
@@ -31,9 +32,11 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0)]
 Span = Annotated[tuple[_Finite, _Finite], _Ordered]
 Taus = Annotated[tuple[_Positive, _Finite], _Ordered]
-Counts = Annotated[tuple[Annotated[int, Field(ge=0)], int], _Ordered]
-Ones = Annotated[tuple[Annotated[int, Field(ge=1)], int], _Ordered]
-Intervals = Annotated[tuple[Annotated[int, Field(ge=2)], int], _Ordered]
+_Most = Annotated[int, Field(le=1000)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=0)], _Most], _Ordered]
+Ones = Annotated[tuple[Annotated[int, Field(ge=1)], _Most], _Ordered]
+Intervals = Annotated[tuple[Annotated[int, Field(ge=2)], _Most], _Ordered]
+Title = Annotated[str, Field(max_length=100)]
 
 
 class Axes(_Value):
@@ -73,7 +76,7 @@ class DirectAxes(Axes):
 class Planned(_Value):
     """Settings of the planner are searched (`default.toml`)."""
 
-    name: str
+    name: Title
     kind: Literal["planned"]
     axes: PlannedAxes
 
@@ -81,7 +84,7 @@ class Planned(_Value):
 class Uniform(_Value):
     """Interval, τ and b are searched (`frdiff.toml`)."""
 
-    name: str
+    name: Title
     kind: Literal["uniform"]
     axes: UniformAxes
 
@@ -89,7 +92,7 @@ class Uniform(_Value):
 class Direct(_Value):
     """Keyframes, mask bits, τ and b are searched (`direct.toml`)."""
 
-    name: str
+    name: Title
     kind: Literal["direct"]
     axes: DirectAxes
 
@@ -111,26 +114,23 @@ def load_space(name: str) -> Space:
     """
     path = shipped_folder() / f"{name}.toml" if name in SHIPPED else Path(name)
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        fields = reading.toml(path, MAX_BYTES)
+    except (FileNotFoundError, IsADirectoryError):
         raise SpaceError(
-            f"no search space {name!r}: give a TOML file, or one of {', '.join(SHIPPED)}"
+            f"no search space {brief(name)}: give a TOML file, or one of {', '.join(SHIPPED)}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SpaceError(f"space {brief(name)}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise SpaceError(f"{path}: not valid TOML ({error})") from None
-    kind = _KINDS.get(str(fields.get("kind")))
+    given = fields.get("kind")
+    kind = _KINDS.get(given) if isinstance(given, str) else None
     if kind is None:
-        raise SpaceError(
-            f"{path}: kind is {fields.get('kind')!r}, expected one of {', '.join(_KINDS)}"
-        )
+        raise SpaceError(f"{path}: kind is {brief(given)}, expected one of {', '.join(_KINDS)}")
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors(include_url=False)
-        ]
-        raise SpaceError(f"{path}: " + "; ".join(lines)) from None
+        raise SpaceError(f"{path}: {reading.objections(error)}") from None
 
 
 def largest_gap(space: Space) -> int:

@@ -19,8 +19,10 @@ from autofr.mix import executed
 from autofr.policy import Fid, Interval, Measured, Policy, TextAlignment
 from autofr.runtime.points import Pipe, device_of, dtype_of
 from autofr.runtime.sampler import Samples, apply, draw, remove, reuse
+from autofr.runtime.start import Starts
 from autofr.search.evaluate import Candidate, draw_all, interval, latent_errors
-from autofr.search.study import Record, Settings
+from autofr.search.folder import Settings
+from autofr.search.ledger import Record
 
 NEAR = 1.05  # finalists have at most this many times the least error
 ATTEMPTS = 5
@@ -44,9 +46,9 @@ def finalists(records: Sequence[Record], seconds: float, keep: int = 3) -> list[
 
     None is further from the teacher than a published row that is fast enough.
     """
-    different = [r for r in records if "duplicate_of" not in r.notes]
+    different = {r.notes["digest"]: r for r in reversed(records)}.values()  # the first of each
     fast = [r for r in different if r.notes["seconds"] <= seconds]
-    fast.sort(key=lambda r: r.value)
+    fast.sort(key=lambda r: (r.value, r.number))
     bounds = [NEAR * fast[0].value for _ in fast[:1]] + [r.value for r in fast if "row" in r.notes]
     return [r for r in fast if r.value <= min(bounds)][:keep]
 
@@ -202,6 +204,7 @@ def test(
         high_frequency_error=high,
         kept_bytes=kept_bytes,
         predicted_bytes=predicted_bytes,
+        skipped_steps=Starts(pipe)(policy.sampler.num_inference_steps) or None,
     )
     return measured, (teacher, found)
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from autofr.errors import JobsError, UserError
+from autofr import reading
+from autofr.errors import JobsError, UserError, brief
 from autofr.request import Request
 
 MOST_BYTES = 256 * 1024
 MOST_JOBS = 1000
+MOST_SAID = 20  # things that are wrong, in one message
 LONGEST = 100  # characters of a name; those of a matrix may have to be cut
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 TOP = ("out", "defaults", "job")
@@ -97,7 +98,7 @@ def read_checked(path: Path, out: Path | None = None, root: Path | None = None) 
     Raises: JobsError listing everything that is wrong.
     """
     plan, problems = _draft(path, out, root or Path())
-    problems += _missing(plan)
+    problems += _missing(plan, root or Path())
     if problems:
         raise _refusal(path, problems)
     return plan
@@ -105,7 +106,9 @@ def read_checked(path: Path, out: Path | None = None, root: Path | None = None) 
 
 def _refusal(path: Path, problems: Sequence[str]) -> JobsError:
     many = f"{len(problems)} things are wrong" if len(problems) > 1 else "one thing is wrong"
-    lines = [f"{path}: {many}; nothing was started", *(f"  {line}" for line in problems)]
+    said = [f"  {reading.printable(line, 400)}" for line in problems[:MOST_SAID]]
+    more = [f"  and {len(problems) - MOST_SAID} more"] if len(problems) > MOST_SAID else []
+    lines = [f"{path}: {many}; nothing was started", *said, *more]
     return JobsError("\n".join(lines))
 
 
@@ -118,15 +121,10 @@ def _parse(path: Path) -> Table:
     Raises: JobsError when it cannot be read, is too large or no TOML.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        return reading.toml(path, MOST_BYTES)
     except OSError as error:
         raise JobsError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(content) > MOST_BYTES:
-        raise JobsError(f"{path}: larger than {MOST_BYTES // 1024} KiB, too large for a job file")
-    try:
-        return tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise JobsError(f"{path}: not valid TOML ({error})") from None
 
 
@@ -163,7 +161,7 @@ def _out(text: object, given: Path | None, root: Path, problems: list[str]) -> P
         return given
     try:
         if not isinstance(text, str) or not text.strip():
-            raise JobsError(f"expected the name of a folder, got {text!r}")
+            raise JobsError(f"expected the name of a folder, got {brief(text)}")
         return _inside(root, text)
     except JobsError as error:
         problems.append(f"out: {error}")
@@ -173,7 +171,7 @@ def _out(text: object, given: Path | None, root: Path, problems: list[str]) -> P
 def _unknown(where: str, key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key.replace("-", "_").lower(), known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-    return f"{where}: unknown key {key!r}; {hint}"
+    return f"{where}: unknown key {brief(key)}; {hint}"
 
 
 def _twice(jobs: Sequence[Job]) -> list[str]:
@@ -197,7 +195,7 @@ def _expand(at: str, given: Table, out: Path, root: Path, problems: list[str]) -
     """The jobs of one table: lists span a matrix, the last key varies fastest."""
     name = given.pop("name", None)
     if name is not None and not (isinstance(name, str) and NAME.fullmatch(name)):
-        problems.append(f"{at}: name {name!r}: expected up to 60 letters, digits, . _ -")
+        problems.append(f"{at}: name {brief(name)}: expected up to 60 letters, digits, . _ -")
         return
     lists = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
     empty = [key for key, value in lists.items() if not value]
@@ -230,7 +228,7 @@ def _request(at: str, fields: Table, root: Path, problems: list[str]) -> Request
     except ValidationError as error:
         for item in error.errors(include_url=False):
             key = str(item["loc"][0])
-            problems.append(f"{at}: {key} {item['input']!r}: {_wanted(key, item['msg'])}")
+            problems.append(f"{at}: {key} {brief(item['input'])}: {_wanted(key, item['msg'])}")
             fields.pop(key, None)
         return Request.model_validate(fields)
 
@@ -252,7 +250,7 @@ def _placed(key: str, text: str, root: Path) -> Path | str:
         return _inside(root, text)
     if key == "space":
         return str(_inside(root, text)) if "/" in text or text.endswith(".toml") else text
-    local = text.startswith((".", "/")) or text.count("/") > 1 or (root / text).is_dir()
+    local = text.startswith((".", "/")) or text.count("/") > 1 or os.path.isdir(root / text)
     if not local or text == Path(text).name != "..":  # on the hub, or bundled
         return text
     return os.path.join(os.curdir, _inside(root, text))
@@ -263,13 +261,13 @@ def _inside(root: Path, text: str) -> Path:
 
     Raises: JobsError when it leads out.
     """
-    path = os.path.normpath(root / text)
-    if "\0" in text or os.path.relpath(path, root).split(os.sep)[0] == os.pardir:
+    path = Path(os.path.normpath(root / text))
+    if not reading.inside(root, path):
         raise JobsError(
-            f"{text!r}: leads out of {root.resolve()}, where the paths of a job file stay;"
+            f"{brief(text)}: leads out of {root.resolve()}, where the paths of a job file stay;"
             " --root allows another folder"
         )
-    return Path(path)
+    return path
 
 
 def _call(value: object, root: Path) -> tuple[str, ...]:
@@ -278,7 +276,7 @@ def _call(value: object, root: Path) -> tuple[str, ...]:
     Raises: JobsError when they are no table, or a picture leads out of the root.
     """
     if not isinstance(value, dict):
-        raise JobsError(f"{value!r}: expected a table such as {{guidance_scale = 5.0}}")
+        raise JobsError(f"{brief(value)}: expected a table such as {{guidance_scale = 5.0}}")
     pairs = []
     for name, one in value.items():
         if "image" in name and isinstance(one, str):
@@ -333,12 +331,12 @@ def _label(key: str, value: Any) -> str:
 # -- what must be there ---------------------------------------------------------------------------
 
 
-def _missing(plan: Plan) -> list[str]:
+def _missing(plan: Plan, root: Path) -> list[str]:
     """What the jobs need and is not there, each with the first table that asks for it."""
     found: dict[str, None] = {}
     asked: dict[object, None] = {}
     for job in plan.jobs:
-        for key, check in _checks(job.request).items():
+        for key, check in _checks(job.request, root).items():
             if key in asked:
                 continue
             asked[key] = None
@@ -349,7 +347,7 @@ def _missing(plan: Plan) -> list[str]:
     return [*found]
 
 
-def _checks(request: Request) -> Mapping[object, Callable[[], object]]:
+def _checks(request: Request, root: Path) -> Mapping[object, Callable[[], object]]:
     """What can be looked at without weights, by what the outcome depends on."""
     from autofr.loading import check
     from autofr.measure.latency import parse_budget
@@ -365,7 +363,7 @@ def _checks(request: Request) -> Mapping[object, Callable[[], object]]:
         model: lambda: check(request.model, request.device, request.dtype),
     }
     if inputs := request.inputs:
-        checks["inputs", inputs] = lambda: read_inputs(inputs)
+        checks["inputs", inputs] = lambda: read_inputs(inputs, root)
     if limit := request.max_memory:
         checks["memory", limit] = lambda: parse_size(limit)
     return checks
@@ -373,9 +371,9 @@ def _checks(request: Request) -> Mapping[object, Callable[[], object]]:
 
 def _stamp(place: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of a file, or of all files in a folder; nothing if there is none."""
-    if place.is_file():
+    if os.path.isfile(place):
         files = [place]
-    elif place.is_dir():
+    elif os.path.isdir(place):
         files = sorted(path for path in place.rglob("*") if path.is_file())
     else:
         return []

@@ -6,7 +6,6 @@ anyone may read them: a job that is `running` where nobody holds the lock has be
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -14,14 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from autofr import files, policy
+from autofr import files, policy, reading
 from autofr.errors import AutofrError, JobsError
 from autofr.tune.jobs import Job, Plan
 
@@ -109,7 +108,7 @@ def _numbers(folder: Path) -> dict[str, Any]:
 def _read(plan: Plan, job: Job) -> State | None:
     """The state of a job; None where there is none of what is asked for now."""
     try:
-        found = State.model_validate_json(_place(plan, job, "json").read_bytes())
+        found = State.model_validate_json(reading.content(_place(plan, job, "json"), reading.OWN))
     except (OSError, ValidationError):
         return None
     return found if found.asked == job.asked else None
@@ -310,44 +309,26 @@ def _sole(plan: Plan) -> Iterator[None]:
 
     Raises: JobsError when another one does, or nothing can be written there.
     """
-    try:
-        plan.home.mkdir(parents=True, exist_ok=True)
-        lock = os.open(plan.home / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise JobsError(
-            f"{plan.out}: cannot write there ({error.strerror}); give another folder with --out"
-        ) from None
-    try:
-        if not _lock(lock, fcntl.LOCK_EX, PATIENCE):
+    with ExitStack() as stack:
+        try:
+            plan.home.mkdir(parents=True, exist_ok=True)
+            free = stack.enter_context(files.locked(plan.home / "lock", PATIENCE))
+        except OSError as error:
+            raise JobsError(
+                f"{plan.out}: cannot write there ({error.strerror}); give another folder with --out"
+            ) from None
+        if not free:
             raise JobsError(
                 f"{plan.path}: another autofr process runs these jobs; `autofr tune {plan.path}"
                 " --status` says how far it is"
             )
         yield
-    finally:
-        os.close(lock)
-
-
-def _lock(lock: int, kind: int, patience: float = 0.0) -> bool:
-    """Take a lock, if it is free within so many seconds."""
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.05)
 
 
 def _at_work(plan: Plan) -> bool:
     """Whether some process runs these jobs now."""
     try:
-        lock = os.open(plan.home / "lock", os.O_RDONLY)
+        with files.locked(plan.home / "lock", look=True) as free:
+            return not free
     except OSError:
         return False
-    try:
-        return not _lock(lock, fcntl.LOCK_SH)
-    finally:
-        os.close(lock)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autofr.errors import ModelError
+from autofr import reading
+from autofr.errors import ModelError, brief
 
 HERE = Path(__file__).parent
 WIDE = ("LDMPipeline", "PNDMPipeline", "KarrasVePipeline", "ScoreSdeVePipeline")
@@ -143,7 +145,7 @@ def check(model: str, device: str = "cpu", dtype: str = "float32") -> None:
     if dtype not in DTYPES:
         raise ModelError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     folder = _resolve(model)[2]
-    _check_device(device)
+    check_device(device)
     if folder:
         _check_dtype(_class_name(folder), dtype)
 
@@ -151,7 +153,7 @@ def check(model: str, device: str = "cpu", dtype: str = "float32") -> None:
 def _class_name(folder: Path) -> str:
     """The pipeline's class, as its folder says it."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = reading.parsed(reading.content(folder / INDEX, reading.OWN).decode("utf-8"))
         return str(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({_first_line(error)})") from None
@@ -164,20 +166,21 @@ def _resolve(model: str) -> tuple[str, str, Path | None]:
             raise ModelError(f"the bundled model {model} is missing from this installation")
         return model, str(folder), folder
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         if not _is_pipeline(path):
             raise ModelError(
                 f"{path} is no diffusers pipeline folder: it has no model_index.json"
                 " (write one with pipe.save_pretrained)"
             )
         return path.resolve().name, str(path), path
-    if model.count("/") == 1 and not path.exists() and not model.startswith((".", "/")):
+    if model.count("/") == 1 and not os.path.exists(path) and not model.startswith((".", "/")):
         return model, model, None
     near = difflib.get_close_matches(model.lower(), installed(), n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ModelError(
-        f"no model {model!r}{hint} Bundled: {', '.join(installed())}. Or give a local diffusers"
-        " folder (./my-pipeline, as written by pipe.save_pretrained) or a hub id (owner/name)."
+        f"no model {brief(model)}{hint} Bundled: {', '.join(installed())}. Or give a local"
+        " diffusers folder (./my-pipeline, as written by pipe.save_pretrained) or a hub id"
+        " (owner/name)."
     )
 
 
@@ -185,7 +188,11 @@ def _is_pipeline(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or does not see here.
+
+    Raises: ModelError.
+    """
     import torch
 
     try:

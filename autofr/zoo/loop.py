@@ -93,8 +93,14 @@ def _write(state: dict[str, Any], path: Path) -> None:
 
 
 def kept(work: Path, name: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """The moments that a training kept: seconds of training and averaged weights, in order."""
-    found = [torch.load(path, weights_only=True) for path in work.glob(f"{name}-*.pt")]
+    """The moments that a training kept: seconds of training and averaged weights, in order.
+
+    They come to the CPU, wherever they were trained.
+    """
+    found = [
+        torch.load(path, weights_only=True, map_location="cpu")
+        for path in work.glob(f"{name}-*.pt")
+    ]
     return sorted(((one["seconds"], one["weights"]) for one in found), key=lambda one: one[0])
 
 

@@ -14,6 +14,7 @@ import torch
 import typer
 
 from autofr.errors import AutofrError, UserError
+from autofr.zoo import check_device
 from autofr.zoo.recipe import Order
 from autofr.zoo.recipes import dit, ldm4, sd
 
@@ -39,6 +40,7 @@ def main(
     """Train a bundled model and export it as a diffusers folder with its scores."""
     if model not in RECIPES:
         raise typer.BadParameter(f"no recipe for {model!r}; recipes: {', '.join(RECIPES)}")
+    check_device(device)
     from autofr.zoo.export import export
 
     after = {} if init is None else {"after": _recipe_of(init)}

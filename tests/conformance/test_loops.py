@@ -12,6 +12,7 @@ import torch
 from laws import ALL, state
 from loop import STEPS, Loop
 
+from autofr.errors import ModelError
 from autofr.measure.calibration import candidate_masks
 from autofr.mix import Constant, Mix, Table
 from autofr.policy import Policy
@@ -80,11 +81,16 @@ def test_runs_with_two_calls_per_step(name: str) -> None:
     check_runs(Loop(name, split=True))
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel"])
-def test_mixing_with_older_scores(name: str) -> None:
-    """Fitted weights on two keyframes' scores work on every kind of output."""
-    rows: tuple[Any, ...] = ((), (0.5, 0.5), (0.0, 1.0), (), (0.6, 0.3, 0.1), (0.0, 1.2, -0.2))
-    pipe = Loop(name)
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("own", [(), (0.9, 0.1)])
+@pytest.mark.parametrize(
+    "name",
+    ["UNet2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel", "ZImageTransformer2DModel"],
+)
+def test_mixing_with_older_scores(name: str, own: tuple[float, ...], split: bool) -> None:
+    """Fitted weights on two keyframes' scores, at keyframes too, work on every kind of output."""
+    rows: tuple[Any, ...] = ((), (0.5, 0.5), (0.0, 1.0), own, (0.6, 0.3, 0.1), (0.0, 1.2, -0.2))
+    pipe = Loop(name, split=split)
     steps = ("key", "mask", "jump", "key", "mask", "jump")
     with sampler.reuse(pipe, policy(pipe, steps, Table(weights=rows))) as patch:
         assert drawn(pipe).isfinite().all()
@@ -171,3 +177,18 @@ def test_a_run_from_the_middle_follows_the_later_steps(solver: str) -> None:
         expected[steps[step]] += count - 1 if first else count
         expected["key"] += first
     assert patch.counts == {kind: count for kind, count in expected.items() if count}
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_a_beginning_that_cannot_be_told_is_refused(start: int) -> None:
+    """PNDM visits its second timestep twice: a run from the second of these is no run from it."""
+    pipe = Loop("UNet2DModel", diffusers.PNDMScheduler(skip_prk_steps=True), start=start)
+    steps = ("key", "jump", "mask", "mask", "key", "jump")
+    with sampler.reuse(pipe, policy(pipe, steps)) as patch:
+        if start == 2:
+            with pytest.raises(ModelError, match=r"second timestep twice.*a step earlier or later"):
+                drawn(pipe)
+            return
+        assert drawn(pipe).isfinite().all()
+    rest = solver_steps(pipe.scheduler)[start + 1 :]
+    assert patch.counts == Counter(["key", *(steps[step] for step in rest)])

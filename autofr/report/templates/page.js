@@ -31,7 +31,7 @@ for (const figure of document.querySelectorAll("figure")) {
       const steps = rows[y][1].length, value = rows[y][1][x];
       frame.hidden = false;
       frame.style.cssText = `left:${(100 * x) / steps}%;width:${100 / steps}%;top:${(100 * y) / rows.length}%;height:${100 / rows.length}%`;
-      out.textContent = `${rows[y][0]}, step ${x}: ${value === "-" ? "no step before it" : value + " % change"}`;
+      out.textContent = `${rows[y][0]}, step ${x + Number(figure.dataset.first)}: ${value === "-" ? "no step before it" : value + " % change"}`;
     };
     map.addEventListener("pointermove", (event) => {
       const box = map.getBoundingClientRect(), of = (share, count) => Math.max(0, Math.min(count - 1, Math.floor(share * count)));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ from autofr.zoo.loop import mixed_precision, train
 
 MOMENTS = 5  # of training, whose scores show whether more of it would help
 
-Predict = Callable[
-    [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator], Any
-]
-"""(model, noisy latents, timesteps, picked rows, generator) -> predicted noise."""
+Condition = Callable[[torch.Tensor, torch.Generator], Mapping[str, Any]]
+"""(picked rows, generator) -> what the model is given beside noisy latents and timesteps."""
 
 
 def build_scheduler(**more: Any) -> Any:
@@ -53,7 +51,7 @@ def draw_times(count: int, steps: int, generator: torch.Generator) -> torch.Tens
 def denoiser(
     model: torch.nn.Module,
     phases: list[tuple[float, torch.Tensor]],
-    predict: Predict,
+    condition: Condition,
     seconds: float,
     work: Path,
     seed: int,
@@ -77,7 +75,7 @@ def denoiser(
         level = signal[time].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         with mixed_precision(latents):
-            predicted = predict(model, noisy, time, pick, generator)
+            predicted = model(noisy, timestep=time, **condition(pick, generator)).sample
         return F.mse_loss(predicted.float(), noise)
 
     return train(

@@ -117,16 +117,9 @@ def fit(
         # Its own dropout would leave out the label in some blocks and not in others.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
 
-    def predict(
-        model: torch.nn.Module,
-        noisy: torch.Tensor,
-        time: torch.Tensor,
-        pick: torch.Tensor,
-        generator: torch.Generator,
-    ) -> torch.Tensor:
+    def condition(pick: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         out = diffusion.dropped(len(pick), generator)
-        given = torch.where(out, NOBODY, labels[pick]).to(noisy.device)
-        return model(noisy, timestep=time, class_labels=given).sample
+        return {"class_labels": torch.where(out, NOBODY, labels[pick]).to(latents.device)}
 
     phases = [(math.inf, latents)]
-    return diffusion.denoiser(model, phases, predict, seconds, work, seed, lr)
+    return diffusion.denoiser(model, phases, condition, seconds, work, seed, lr)

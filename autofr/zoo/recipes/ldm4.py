@@ -127,11 +127,7 @@ def denoiser(
     lr: float,
 ) -> torch.nn.Module:
     """Train `model`, which is given nothing but noisy latents and timesteps."""
-
-    def predict(model: torch.nn.Module, noisy: torch.Tensor, time: torch.Tensor, *_: Any) -> Any:
-        return model(noisy, time).sample
-
-    return diffusion.denoiser(model, phases, predict, seconds, work, seed, lr)
+    return diffusion.denoiser(model, phases, lambda *_: {}, seconds, work, seed, lr)
 
 
 def build_pipe(unet: torch.nn.Module, vae: torch.nn.Module) -> Any:

@@ -145,17 +145,11 @@ def fit(
     """
     torch.manual_seed(seed)
 
-    def predict(
-        model: torch.nn.Module,
-        noisy: torch.Tensor,
-        time: torch.Tensor,
-        pick: torch.Tensor,
-        generator: torch.Generator,
-    ) -> torch.Tensor:
+    def condition(pick: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         out = diffusion.dropped(len(pick), generator).tolist()
         rows = zip(pick.tolist(), out, strict=True)
         prompts = ["" if gone else text.vary(names[row], generator) for row, gone in rows]
-        return model(noisy, time, encoder_hidden_states=read(prompts)).sample
+        return {"encoder_hidden_states": read(prompts)}
 
     phases = [(math.inf, latents)]
-    return diffusion.denoiser(unet, phases, predict, seconds, work, seed, lr)
+    return diffusion.denoiser(unet, phases, condition, seconds, work, seed, lr)

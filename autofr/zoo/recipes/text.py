@@ -165,6 +165,9 @@ def load(folder: Path) -> tuple[Any, torch.nn.ModuleDict]:
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    for name in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"--init {folder}: no {name}, expected a folder that a recipe exported")
     found = read_towers(folder)
     if found is None:
         raise UserError(f"--init {folder}: no alignment.safetensors beside the weights")

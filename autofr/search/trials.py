@@ -1,0 +1,147 @@
+"""The trials of a search: published schedules first, then proposals, until there are enough."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from autofr.errors import BudgetError, MeasurementError
+from autofr.search.folder import Settings
+from autofr.search.ledger import Ledger
+from autofr.search.trial import Outcome, Proposal, Scorer
+
+CUT_OFF = "its process ended"
+
+
+class Hands(Protocol):
+    """Who works proposals out; `away` are those that go on with them when the time is up."""
+
+    away: bool
+
+    def free(self) -> bool:
+        """Whether another proposal can be begun."""
+        ...
+
+    def begin(self, trial: Any, proposal: Proposal) -> None:
+        """Take a trial."""
+        ...
+
+    def busy(self) -> bool:
+        """Whether some trial that was taken is not over."""
+        ...
+
+    def over(self) -> list[tuple[Any, Outcome | None]]:
+        """Wait a while; trials that are over now. None is the outcome of one that was cut off."""
+        ...
+
+
+class Own:
+    """The search's own process: works out a proposal as soon as it takes it."""
+
+    away = False
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._found: list[tuple[Any, Outcome | None]] = []
+
+    def free(self) -> bool:
+        return not self._found
+
+    def begin(self, trial: Any, proposal: Proposal) -> None:
+        self._found.append((trial, self._scorer.outcome(proposal)))
+
+    def busy(self) -> bool:
+        return bool(self._found)
+
+    def over(self) -> list[tuple[Any, Outcome | None]]:
+        found, self._found = self._found, []
+        return found
+
+
+@dataclass
+class Trials:
+    """Runs the trials of one search.
+
+    `rows` score published schedules, by name; `propose(trial)` makes a proposal of parameters. What
+    these raise as BudgetError or MeasurementError ends that trial, not the search.
+    """
+
+    ledger: Ledger
+    settings: Settings
+    hands: Hands
+    rows: Mapping[str, Callable[[], Outcome]]
+    guesses: Sequence[Mapping[str, Any]]
+    propose: Callable[[Any], Proposal]
+    on_progress: Callable[[str, int, int], None]
+
+    def run(self) -> None:
+        """Run queued trials and the algorithm's, until there are enough or time is up."""
+        self._began = time.monotonic()
+        if not self.hands.away:
+            self._rows()
+        for params in self.guesses:
+            self.ledger.guess(params)
+        if self.hands.away:
+            self._rows()
+        self._fill()
+        while self.hands.busy() and not (self.hands.away and self._late()):
+            for trial, outcome in self.hands.over():
+                self._close(trial, outcome)
+            self._fill()
+
+    def _late(self) -> bool:
+        """Say how far the trials are; whether no other may start."""
+        self.on_progress("trials", self.ledger.finished(), len(self.rows) + self.settings.trials)
+        now, settings = time.monotonic(), self.settings
+        if settings.time_limit and now - self._began > settings.time_limit:
+            return True
+        return settings.deadline is not None and now > settings.deadline
+
+    def _rows(self) -> None:
+        """Score the published schedules here, where they are timed; who is away goes on."""
+        for name, row in self.rows.items():
+            if self.hands.away:
+                self._fill()
+            if self._late():
+                return
+            if not self.ledger.begin_row(name):
+                continue
+            began = datetime.datetime.now()
+            try:
+                outcome = row()
+            except (BudgetError, MeasurementError) as error:
+                outcome = Outcome(reason=str(error))
+            self.ledger.add_row(name, outcome, began)
+
+    def _fill(self) -> None:
+        """Begin as many trials as the hands take."""
+        while self.hands.free() and self.ledger.more(self.settings.trials) and not self._late():
+            trial = self.ledger.ask()
+            try:
+                self._begin(trial, self.propose(trial))
+            except (BudgetError, MeasurementError) as error:
+                self.ledger.give_up(trial, str(error))
+            except BaseException as error:
+                self.ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
+                raise
+
+    def _begin(self, trial: Any, proposal: Proposal) -> None:
+        """Begin a trial; one that was scored before takes its twin's value."""
+        for record in self.ledger.records():
+            if record.notes.get("proposal") == proposal.key:
+                notes = {name: record.notes[name] for name in ("label", "digest", "proposal")}
+                self.ledger.tell(trial, record.value, notes | {"duplicate_of": record.number})
+                return
+        self.hands.begin(trial, proposal)
+
+    def _close(self, trial: Any, outcome: Outcome | None) -> None:
+        """Keep how a trial went."""
+        if outcome is None:
+            self.ledger.try_again(trial, CUT_OFF)
+        elif outcome.value is None:
+            self.ledger.give_up(trial, outcome.reason)
+        else:
+            self.ledger.tell(trial, outcome.value, outcome.notes)

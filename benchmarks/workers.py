@@ -1,0 +1,260 @@
+"""Many workers on one study: what they lose to each other, what a trial's storage costs, who dies.
+
+python benchmarks/workers.py count       1,000 trials of nothing, a worker killed every 20
+python benchmarks/workers.py storage     what the database adds to a trial of nothing
+python benchmarks/workers.py speed       4 workers on PostgreSQL against 2 children, real trials
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import runpy
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from protocol import load, write
+
+from autofr import policy
+from autofr.request import Request, remade
+from autofr.search.crew import Crew
+from autofr.search.evaluate import Candidate
+from autofr.search.facts import facts_of
+from autofr.search.shared import Queue, Share, SharedLedger, joined, open_storage
+from autofr.search.trial import Outcome, Proposal
+from autofr.search.worker import work
+
+ROOT = Path(__file__).parents[1]
+POSTGRES = runpy.run_path(str(ROOT / "tests" / "postgres.py"))
+POLICY = policy.load(ROOT / "results" / "ldm4-1.5x" / "policy.json")
+BEAT = (1, 3)  # seconds between heartbeats, and without one until a trial is given away
+
+
+@contextmanager
+def server() -> Iterator[Any]:
+    """A PostgreSQL of our own."""
+    found = POSTGRES["binaries"]()
+    assert found, "PostgreSQL is not installed"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        one = POSTGRES["Postgres"](Path(folder), found)
+        one.start()
+        try:
+            yield one
+        finally:
+            one.stop()
+
+
+def proposal(number: int) -> Proposal:
+    """The same policy under another name."""
+    return Proposal(Candidate(f"p{number}", "planned", POLICY, float(number)))
+
+
+def nothing(one: Proposal, seconds: float = 0.0) -> Outcome:
+    """Score a trial that costs nothing, with notes of the usual size."""
+    time.sleep(seconds)
+    return Outcome(one.candidate.seconds, one.dump())
+
+
+def queue(book: SharedLedger, count: int) -> None:
+    """Propose and queue."""
+    for _ in range(count):
+        trial = book.ask()
+        trial.suggest_float("x", 0, 1)
+        book.hand_over(trial, proposal(trial.number))
+
+
+# -- who dies -------------------------------------------------------------------------------------
+
+
+def count(trials: int, every: int, workers: int) -> list[dict[str, Any]]:
+    """Trials of nothing by a few workers; whenever `every` more are over, one of them is killed."""
+    with server() as at:
+        book = SharedLedger(Share(at.url, heartbeat=BEAT), "count", 0, "none")
+        book.publish({"heartbeat": BEAT})
+        born = [_worker(at.url) for _ in range(workers)]
+        killed, began = 0, time.monotonic()
+        while True:
+            while book.room() and book.more(trials):
+                queue(book, 1)
+            if not book.watch():
+                break
+            if book.finished() >= every * (killed + 1):
+                victim = killed % workers
+                born[victim].kill()
+                born[victim], killed = _worker(at.url), killed + 1
+            time.sleep(0.05)
+        spent = time.monotonic() - began
+        book.dismiss()
+        for one in born:
+            one.join(120)
+        assert [one.exitcode for one in born] == [0] * workers
+        states = Counter(trial.state.name for trial in book._trials())
+        chains = Counter(record.notes["chain"] for record in book.records())
+        values = {record.value for record in book.records()}
+        book.release()
+        return [
+            {
+                "trials asked for": trials,
+                "workers": workers,
+                "killed -9": killed,
+                "scored": states["COMPLETE"],
+                "scored twice": sum(n > 1 for n in chains.values()),
+                "lost": len({*map(float, range(trials))} - values),
+                "cut off and tried again": states["FAIL"],
+                "seconds": round(spent),
+            }
+        ]
+
+
+def _worker(url: str) -> Any:
+    """A process that serves; forked where nothing is open, so that it is there at once."""
+    born = multiprocessing.get_context("forkserver").Process(target=_serve, args=(url,))
+    born.start()
+    return born
+
+
+def _serve(url: str) -> None:
+    """Be a worker of `count`, which mostly has a trial in hand when it is killed."""
+    with joined(url, "count", 60, print) as found:
+        work(found, partial(nothing, seconds=0.1), idle=60)
+
+
+# -- what storage costs ---------------------------------------------------------------------------
+
+
+def storage(trials: int) -> list[dict[str, Any]]:
+    """Time of a trial of nothing, at the driver and at a worker, in a study that grows."""
+    rows = []
+    with server() as at:
+        book = SharedLedger(Share(at.url), "storage", 0, "none")
+        book.publish({"heartbeat": (60, 300)})
+        worker = Queue("storage", open_storage(at.url))
+        times: dict[str, list[float]] = {"propose and queue": [], "take, score and tell": []}
+        for _ in range(trials):
+            began = time.perf_counter()
+            queue(book, 1)
+            between = time.perf_counter()
+            worker.take(nothing, "me")
+            times["propose and queue"].append(between - began)
+            times["take, score and tell"].append(time.perf_counter() - between)
+        for name, taken in times.items():
+            last = taken[-trials // 4 :]
+            rows.append(
+                {
+                    "what": name,
+                    "trials": trials,
+                    "median ms": round(1000 * statistics.median(taken), 1),
+                    "median ms of the last quarter": round(1000 * statistics.median(last), 1),
+                }
+            )
+        book.release()
+    return rows
+
+
+# -- what workers lose ----------------------------------------------------------------------------
+
+
+def speed(model: str, trials: int) -> list[dict[str, Any]]:
+    """Real trials per minute: 2 children against 4 workers, on as many cores; best of three."""
+    asked = Request(model=model, threads=1)
+    pipe, settings = remade(asked.model_dump_json())
+    taken: dict[str, list[float]] = {"2 children": [], "4 workers": []}
+    for _ in range(3):
+        taken["2 children"].append(_children(asked, trials))
+        taken["4 workers"].append(_workers(asked, facts_of(pipe, settings, None, BEAT), trials))
+    best = {name: trials / min(times) for name, times in taken.items()}
+    base = best["2 children"]
+    return [
+        {
+            "evaluators": name,
+            "trials per minute": round(60 * rate, 2),
+            "of 2 children": f"{100 * rate / base:.0f} %",
+        }
+        for name, rate in best.items()
+    ]
+
+
+def _children(asked: Request, trials: int) -> float:
+    """Seconds of some trials on two children, from the moment when both are ready."""
+    with Crew(2, partial(remade, asked.model_dump_json())) as crew:
+        for number in range(2):
+            crew.begin(number, proposal(number))
+        while crew.busy():
+            crew.over()
+        began, left = time.monotonic(), trials
+        while left or crew.busy():
+            while left and crew.free():
+                crew.begin(left, proposal(left))
+                left -= 1
+            crew.over()
+        return time.monotonic() - began
+
+
+def _workers(asked: Request, facts: dict[str, Any], trials: int) -> float:
+    """Seconds of some trials on four workers, from the moment when all are ready."""
+    with server() as at:
+        book = SharedLedger(Share(at.url, heartbeat=(60, 300)), "speed", 0, "none")
+        request = asked.model_dump(mode="json", exclude={"out"})
+        book.publish(facts | {"request": request, "heartbeat": (60, 300)})
+        environment = {**os.environ, "AUTOFR_STORAGE": at.url}
+        command = [sys.executable, "-m", "autofr", "worker", "--threads", "1"]
+        born = [subprocess.Popen(command, env=environment) for _ in range(4)]
+        while len({record.notes["worker"] for record in book.records()}) < 4:  # until all are ready
+            queue(book, int(book.waiting() < 4))
+            book.watch()
+            time.sleep(0.1)
+        while book.watch():
+            time.sleep(0.1)
+        began = time.monotonic()
+        queue(book, trials)
+        while book.watch():
+            time.sleep(0.1)
+        spent = time.monotonic() - began
+        book.dismiss()
+        for one in born:
+            one.send_signal(signal.SIGTERM)
+            one.wait()
+        book.release()
+    return spent
+
+
+NOTES = {
+    "count": "Trials of nothing on PostgreSQL; one worker is ended by kill -9 whenever as many more"
+    " trials are over as the command says. Every number from 0 has to be found once.",
+    "storage": "What the study on PostgreSQL adds to a trial that costs nothing itself.",
+    "speed": "The same policy, scored as a trial is; the best of three rounds in turns.",
+}
+
+
+def main() -> None:
+    """Run one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["count", "storage", "speed"])
+    parser.add_argument("--model", default="ldm4")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=4)
+    args = parser.parse_args()
+    trials = args.trials or {"count": 1000, "storage": 200, "speed": 24}[args.what]
+    rows = {
+        "count": lambda: count(trials, args.every, args.workers),
+        "storage": lambda: storage(trials),
+        "speed": lambda: speed(args.model, trials),
+    }[args.what]()
+    command = " ".join(["python", "benchmarks/workers.py", *sys.argv[1:]])
+    write(f"workers-{args.what}", load(args.model, 1), command, rows, NOTES[args.what])
+
+
+if __name__ == "__main__":
+    main()
