@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import statistics
@@ -60,9 +61,8 @@ def proposal(number: int) -> Proposal:
     return Proposal(Candidate(f"p{number}", "planned", POLICY, float(number)))
 
 
-def nothing(one: Proposal, seconds: float = 0.0) -> Outcome:
+def nothing(one: Proposal) -> Outcome:
     """Score a trial that costs nothing, with notes of the usual size."""
-    time.sleep(seconds)
     return Outcome(one.candidate.seconds, one.dump())
 
 
@@ -82,23 +82,22 @@ def count(trials: int, every: int, workers: int) -> list[dict[str, Any]]:
     with server() as at:
         book = SharedLedger(Share(at.url, heartbeat=BEAT), "count", 0, "none")
         book.publish({"heartbeat": BEAT})
-        born = [_worker(at.url) for _ in range(workers)]
-        killed, began = 0, time.monotonic()
+        born = [_Server(at.url) for _ in range(workers)]
+        killed, due, began = 0, every, time.monotonic()
         while True:
-            while book.room() and book.more(trials):
-                queue(book, 1)
-            if not book.watch():
+            for _ in range(4):
+                queue(book, int(book.room() and book.more(trials)))
+            if not book.watch() and not book.more(trials):
                 break
-            if book.finished() >= every * (killed + 1):
-                victim = killed % workers
-                born[victim].kill()
-                born[victim], killed = _worker(at.url), killed + 1
-            time.sleep(0.05)
+            if book.finished() >= due and (victim := _at_work(born)):
+                victim.process.kill()
+                born[born.index(victim)], killed = _Server(at.url), killed + 1
+                due = book.finished() + every
+            time.sleep(0.01)
         spent = time.monotonic() - began
         book.dismiss()
         for one in born:
-            one.join(120)
-        assert [one.exitcode for one in born] == [0] * workers
+            one.process.kill()
         states = Counter(trial.state.name for trial in book._trials())
         chains = Counter(record.notes["chain"] for record in book.records())
         values = {record.value for record in book.records()}
@@ -117,17 +116,36 @@ def count(trials: int, every: int, workers: int) -> list[dict[str, Any]]:
         ]
 
 
-def _worker(url: str) -> Any:
-    """A process that serves; forked where nothing is open, so that it is there at once."""
-    born = multiprocessing.get_context("forkserver").Process(target=_serve, args=(url,))
-    born.start()
-    return born
+def _at_work(born: list[_Server]) -> _Server | None:
+    """A worker that has a trial in hand at this moment; it is waited for a second."""
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        if at_work := [one for one in born if one.busy.value]:
+            return random.choice(at_work)
+        time.sleep(0.001)
+    return None
 
 
-def _serve(url: str) -> None:
-    """Be a worker of `count`, which mostly has a trial in hand when it is killed."""
+class _Server:
+    """A process that works on `count`; it says when it has a trial in hand."""
+
+    def __init__(self, url: str) -> None:
+        context = multiprocessing.get_context("forkserver")  # forked where nothing is open
+        context.set_forkserver_preload(["autofr.search.worker", "autofr.request", "protocol"])
+        self.busy = context.Value("b", False)
+        self.process = context.Process(target=_serve, args=(url, self.busy), daemon=True)
+        self.process.start()
+
+
+def _serve(url: str, busy: Any) -> None:
+    def score(one: Proposal) -> Outcome:
+        busy.value = True
+        time.sleep(0.1)
+        busy.value = False
+        return nothing(one)
+
     with joined(url, "count", 60, print) as found:
-        work(found, partial(nothing, seconds=0.1), idle=60)
+        work(found, score, idle=60)
 
 
 # -- what storage costs ---------------------------------------------------------------------------
@@ -230,8 +248,8 @@ def _workers(asked: Request, facts: dict[str, Any], trials: int) -> float:
 
 
 NOTES = {
-    "count": "Trials of nothing on PostgreSQL; one worker is ended by kill -9 whenever as many more"
-    " trials are over as the command says. Every number from 0 has to be found once.",
+    "count": "Trials of nothing on PostgreSQL. Whenever as many more are over as the command says,"
+    " a worker with a trial in hand is ended by kill -9. Each number from 0 is to be found once.",
     "storage": "What the study on PostgreSQL adds to a trial that costs nothing itself.",
     "speed": "The same policy, scored as a trial is; the best of three rounds in turns.",
 }

@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,11 +59,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tell(record_property: Callable[[str, object], None]) -> Tell:
+def tell(record_property: Callable[[str, object], None], tmp_path: Path) -> Tell:
     """Note a fault: what was done, the line that was said, what was kept."""
 
     def noted(fault: str, done: str, said: str, kept: str) -> None:
         assert said and "\n" not in said
+        for own, instead in ((f"{tmp_path}/", ""), (socket.gethostname(), "host")):
+            said = said.replace(own, instead)
         text = json.dumps({"fault": fault, "done": done, "said": said, "kept": kept})
         record_property("fault", text)
 

@@ -41,8 +41,9 @@ from autofr.search.facts import check_study, check_worker, facts_of, study_name
 from autofr.search.folder import STATE, Settings
 from autofr.search.ledger import RETRIES
 from autofr.search.search import Search
-from autofr.search.shared import Queue, Share, SharedLedger, joined, open_storage
+from autofr.search.shared import Helped, Queue, Share, SharedLedger, joined, open_storage
 from autofr.search.trial import Outcome, Proposal, Scorer
+from autofr.search.trials import Trials
 from autofr.search.worker import work
 
 ROOT = Path(__file__).parents[1]
@@ -678,3 +679,26 @@ def test_the_kubernetes_job_runs_a_worker() -> None:
     (variable,) = container["env"]
     assert variable["name"] == ENVIRONMENT and "secretKeyRef" in variable["valueFrom"]
     assert job["kind"] == "Job" and job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_workers_that_are_faster_than_their_driver_end_no_search(
+    postgres: Postgres, monkeypatch: Any
+) -> None:
+    """Where all that was queued is over before the driver looks, it goes on to propose."""
+    with driver(postgres) as book:
+        other, begin = queue_of(postgres), Helped.begin
+
+        def at_once(self: Helped, trial: Any, one: Proposal) -> None:
+            begin(self, trial, one)
+            assert other.take(score, "me") == "scored"
+
+        def propose_x(trial: Any) -> Proposal:
+            trial.suggest_float("x", 0, 1)
+            return proposal(trial.number)
+
+        monkeypatch.setattr(Helped, "begin", at_once)
+        rooms = iter([True, False] * 20)
+        monkeypatch.setattr(book, "room", lambda: next(rooms))
+        hands = Helped(book, SimpleNamespace(outcome=score), pause=0)
+        Trials(book, settings(trials=7), hands, {}, [], propose_x, lambda *_: None).run()
+        assert states(book) == ["COMPLETE"] * 7

@@ -126,7 +126,8 @@ class Storage(optuna.storages.RDBStorage):
             said = redacted(str(getattr(error.__cause__, "orig", error))).partition("\n")[0]
             _log.warning("the database is away (%s); waiting for it", said)
         if now - self.lost > PATIENCE:
-            raise _refusal(self.url, error.__cause__ or error) from None
+            address = self.url.replace("+psycopg", "", 1)
+            raise _refusal(address, getattr(error.__cause__, "orig", error)) from None
 
     def record_heartbeat(self, trial_id: int) -> None:
         with suppress(Exception):  # else the thread ends, and with it the trial

@@ -87,10 +87,16 @@ class Trials:
         if self.hands.away:
             self._rows()
         self._fill()
-        while self.hands.busy() and not (self.hands.away and self._late()):
+        while self._unfinished():
             for trial, outcome in self.hands.over():
                 self._close(trial, outcome)
             self._fill()
+
+    def _unfinished(self) -> bool:
+        """Whether a trial is to be waited for, or to be begun: who is away may be done already."""
+        if self.hands.away and self._late():
+            return False
+        return self.hands.busy() or (self.ledger.more(self.settings.trials) and not self._late())
 
     def _late(self) -> bool:
         """Say how far the trials are; whether no other may start."""

@@ -40,7 +40,7 @@ def work(
         done += found == "scored"
         last = time.monotonic()
         if found == "lost":
-            say("paused for too long: its trial was given to another worker")
+            say("paused or cut off for too long: its trial was given to another worker")
         else:
             say(f"{done} trials")
     return done
