@@ -11,10 +11,15 @@ from pathlib import Path
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file, atomically: a kill or a full disk leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
+    """Write a file, atomically: a kill or a full disk leaves the old one or the new one.
+
+    Raises: OSError where it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # of a process of the same number that was killed
     try:
-        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        with part.open("xb") as file:  # so that no link that waits there is followed
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from autofr.measure.latency import seconds
 from autofr.measure.profiling import Profile
 from autofr.policy import Measured, Policy
 from autofr.report import before_after, page, profile_pictures, report
+from autofr.report.wording import count
 from autofr.runtime import sampler
 from autofr.runtime.families import discover
 from autofr.runtime.points import Pipe, device_of, dtype_of, find_denoiser, name_of
@@ -85,7 +86,7 @@ def estimate(pipe: Pipe, settings: Settings, folder: Path) -> str:
         f"seeds: {settings.calibration_seeds} calibration, {settings.validation_seeds} validation,"
         f" {settings.test_seeds} test\n"
         f"folder: {folder} (nothing written)\n"
-        f"expected time: about {minutes:.0f} minutes"
+        f"expected time: about {count(max(1, round(minutes)), 'minute')}"
     )
 
 

@@ -26,7 +26,9 @@ def parse_size(text: str) -> int:
 
 
 def size(count: int) -> str:
-    """Bytes as KiB or MiB."""
+    """Bytes as B, KiB or MiB."""
+    if count < 2**10:
+        return f"{count} B"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.1f} KiB"
 
 

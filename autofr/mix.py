@@ -97,7 +97,7 @@ class Table(Value):
 
     The first entry of a jump's row is 0. The row of a keyframe is empty, or it mixes too, its own
     full score in the reduced one's place: what it knows now makes up for the steps before it, as
-    the corrector of UniPC does (arXiv 2302.04867). What it keeps is its own score alone.
+    the corrector UniC does (arXiv 2302.04867, section 3). What it keeps is its own score alone.
     """
 
     kind: Literal["table"] = "table"

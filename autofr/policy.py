@@ -14,7 +14,18 @@ from pydantic import BeforeValidator, FailFast, Field, ValidationError, model_va
 
 from autofr import files, reading
 from autofr.errors import PolicyError, brief
-from autofr.mix import JUMP, KEY, Constant, Finite, Mix, Positive, Table, Value, mix_row
+from autofr.mix import (
+    JUMP,
+    KEY,
+    MAX_WEIGHT,
+    Constant,
+    Finite,
+    Mix,
+    Positive,
+    Table,
+    Value,
+    mix_row,
+)
 
 VERSION = 1
 MAX_BYTES = 4 * 2**20
@@ -271,7 +282,8 @@ class Policy(Value):
         not there yet goes to the oldest that is. λ(t) is a function of r and stays as it is.
         A call for `steps` gets a policy that is longer or shorter than that by the same factor as
         now. Retiming to the present count changes nothing but `measured` and `provenance`.
-        Raises: PolicyError for a step count that no policy can have.
+        Raises: PolicyError for a step count that no policy can have, or where weights that become
+            one are too large a one.
         """
         count = _nearest(steps * len(self.steps), self.sampler.replaces)
         if not 1 <= steps <= MAX_STEPS or not 1 <= count <= MAX_STEPS:
@@ -289,7 +301,13 @@ class Policy(Value):
             "provenance": None,
         }
         if isinstance(self.mix, Table):
-            changes["mix"] = Table(weights=_rows(self.mix.weights, self.keyframes, sources))
+            rows = _rows(self.mix.weights, self.keyframes, sources)
+            if any(abs(weight) > MAX_WEIGHT for row in rows for weight in row):
+                raise PolicyError(
+                    f"cannot retime to {steps} steps: weights of keyframes that would fall together"
+                    f" add up to more than {MAX_WEIGHT:g}"
+                )
+            changes["mix"] = Table(weights=rows)
         return Policy(**dict(self) | changes)
 
     def save(self, path: str | Path) -> None:
@@ -384,8 +402,8 @@ def loads(text: str | bytes) -> Policy:
         raise PolicyError('no field "autofr_policy": this is not a policy file')
     if version != VERSION or isinstance(version, bool):
         raise PolicyError(
-            f"policy version {brief(version)}; this autofr reads version {VERSION}: upgrade autofr"
-            " or export the policy again"
+            f"policy version {brief(version)}; this autofr reads version {VERSION}: upgrade autofr,"
+            " or search again with this one"
         )
     try:
         return Policy.model_validate_json(text.encode("utf-8", "replace"))

@@ -78,7 +78,7 @@ def toml(path: Path, limit: int) -> dict[str, Any]:
 
     Raises: OSError as `content` does; ValueError for what is no TOML.
     """
-    text = content(path, limit).decode("utf-8")
+    text = content(path, limit).decode("utf-8-sig")
     if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
         raise ValueError(f"more than {MOST_DOTS} dots in a line")
     try:

@@ -29,12 +29,12 @@ class Request(BaseModel):
     model: str = "ldm4"
     budget: str = "1.5x"
     steps: int | None = Field(default=None, ge=2, le=1000)
-    batch: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1, le=4096)
     space: str = "default"
     trials: int = Field(default=20, ge=1)
     time_limit: float | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    threads: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    threads: int = Field(default=0, ge=0, le=1024)
     device: str = "cpu"
     dtype: str = "float32"
     task: Literal["text2img", "img2img", "inpaint"] | None = None

@@ -6,6 +6,7 @@ Everything that measures calls a pipe as `pipe(batch_size, num_inference_steps, 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import io
@@ -78,11 +79,12 @@ class Task:
         given = {name for row in inputs for name in row} | set(call or {})
         unknown = sorted(name for name in given if name not in known or name in OWN)
         if unknown:
-            usable = ", ".join(name for name in known if name not in OWN)
+            usable = [name for name in known if name not in OWN]
             own = [f"{OPTIONS[name]} sets {name}" for name in unknown if name in OPTIONS]
+            meant = [name + _meant(name, usable) for name in unknown]
+            takes = f"its call takes {', '.join(usable)}"
             raise TaskError(
-                f"{name_of(pipe)} cannot be given {', '.join(unknown)};"
-                f" {', '.join([*own, f'its call takes {usable}'])}"
+                f"{name_of(pipe)} cannot be given {', '.join(meant)}; {', '.join([*own, takes])}"
             )
         if not inputs or any(set(row) != set(inputs[0]) for row in inputs):
             raise TaskError("inputs: expected at least one row, and the same arguments in all rows")
@@ -162,6 +164,12 @@ class Task:
         """Hash of inputs and shared arguments: runs with other ones are other runs."""
         text = json.dumps([self._inputs, self._call], sort_keys=True, default=_digest)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _meant(name: str, usable: Sequence[str]) -> str:
+    """Which argument an unknown one may have been meant for."""
+    near = [] if name in OWN else difflib.get_close_matches(name, usable, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def plain(pipe: Pipe) -> dict[str, Any]:

@@ -36,9 +36,9 @@ RANKS = read_ranks()
 
 # Dependency -> the only files that may import it.
 DOORS = {
-    "diffusers.hooks": {"runtime.patch"},
-    "diffusers.HookRegistry": {"runtime.patch"},
-    "optuna": {"search.ledger", "search.shared"},
+    "diffusers.hooks": {"runtime.hooks"},
+    "diffusers.HookRegistry": {"runtime.hooks"},
+    "optuna": {"search.database", "search.ledger", "search.queue", "search.shared"},
     "matplotlib": {"report.canvas", "report.pictures", "report.profile_pictures"},
     "typer": {
         "cli.app",

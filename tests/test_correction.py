@@ -121,6 +121,13 @@ def test_keyframes_make_up_for_what_came_before(pipe):
     assert np.array_equal(found[:4], plain[:4]) and (found[4:] < 0.8 * plain[4:]).all()
 
 
+def test_a_keyframe_asks_for_no_more_scores_than_have_run(pipe):
+    """Keyframes before the beginning of a call that begins in the middle hold nothing."""
+    plan = policy(pipe, ("key", "key", "key", "jump", "key", "jump"))
+    assert [len(row) for row in correction._opened(plan, range(6))] == [0, 0, 0, 3, 3, 3]
+    assert [len(row) for row in correction._opened(plan, range(2, 6))] == [0, 0, 0, 3, 2, 3]
+
+
 def test_a_mask_that_is_held_stays_held(pipe):
     """A table row that starts with 0 at a mask is no network call, before and after."""
     steps = ("key", "branches", "key", "branches", "jump", "key")
@@ -165,6 +172,22 @@ def test_a_step_that_ignores_its_score_keeps_its_weights(pipe):
     assert after.mix.weights[-1] == before.mix.weights[-1]
     assert after.mix.weights[-2] != before.mix.weights[-2]
     assert np.abs(np.concatenate(after.mix.weights)).max() < 100
+
+
+@pytest.mark.parametrize(
+    ("gram", "right"),
+    [
+        ([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]),
+        ([[np.inf, 1.0], [1.0, 1.0]], [1.0, 1.0]),
+        ([[np.nan, 1.0], [1.0, 1.0]], [1.0, 1.0]),
+        ([[1.0, 0.0], [0.0, 1.0]], [np.nan, 1.0]),
+        ([[1.0, 0.0], [0.0, 1e-9]], [1.0, 1.0]),
+    ],
+)
+def test_what_cannot_be_fitted_keeps_its_weights(gram, right):
+    """Nothing drawn, a run that has left all bounds, weights that no policy can hold: no error."""
+    equations = correction._Normal(np.array(gram), np.array(right), jump=False)
+    assert equations.solve((0.9, 0.1)) == (0.9, 0.1)
 
 
 def test_correcting_leaves_the_pipe_as_it_was(pipe, monkeypatch):

@@ -27,7 +27,7 @@ from test_hub import OWNER, Hub, hub  # noqa: F401  (a fixture)
 from test_search import tiny_pipe
 from test_tune import CHILD
 
-from autofr import zoo
+from autofr import files, zoo
 from autofr.measure.calibration import candidate_masks
 from autofr.mix import Constant
 from autofr.policy import Provenance
@@ -125,6 +125,8 @@ class Stage:
         whole = Path("results/ldm4-1.5x/policy.json").read_text()
         Path("half.json").write_text(whole[:300])
         Path("newer.json").write_text(whole.replace('"autofr_policy": 1', '"autofr_policy": 2'))
+        shutil.copytree("results/ldm4-1.5x", "damaged")
+        Path("damaged/profile.json").write_text("{")
         self.policy("policy.json")
         Path("edited.json").write_text(
             Path("policy.json").read_text().replace('"mask": [', '"m": [')
@@ -201,7 +203,10 @@ def spied(call: Callable[..., Any], calls: list[int], **changes: Any) -> Callabl
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """The folder in which the documents' commands run, in their order."""
     with pytest.MonkeyPatch.context() as patch:
-        yield Stage(tmp_path_factory.mktemp("docs"), patch)
+        found = Stage(tmp_path_factory.mktemp("docs"), patch)
+        Path("busy/study").mkdir(parents=True)
+        with files.locked(Path("busy/study/lock")):
+            yield found
 
 
 # -- command lines --------------------------------------------------------------------------------

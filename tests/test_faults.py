@@ -28,23 +28,23 @@ import numpy as np
 import pytest
 import torch
 from faults import BEAT, Autofr, Way, World, save_model, search_words, under, wait
-from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from postgres import Postgres
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 from test_cli import Ran, make_policy
 from test_search import STEPS, tiny_pipe
-from test_workers import made, proposal
+from test_workers import driver, made, proposal, propose, states
 
 from autofr import files
 from autofr.cli.app import main
 from autofr.errors import MeasurementError
 from autofr.search import crew
+from autofr.search.database import open_storage
 from autofr.search.evaluate import Evaluator
 from autofr.search.folder import STATE
 from autofr.search.ledger import Ledger, notes_of
-from autofr.search.shared import Queue, Share, SharedLedger, open_storage
+from autofr.search.queue import Queue
 from autofr.search.trial import Proposal, Scorer
 
 TRIALS = 6
@@ -326,27 +326,23 @@ def test_children_without_memory(model: Path, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_an_answer_that_is_lost(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was queued although its answer never came is not queued again."""
+    """What was queued although its answer never came is not queued again, by whomever."""
     import psycopg
 
-    book = SharedLedger(Share(postgres.url, heartbeat=BEAT), "one", 0, "tiny")
-    real, lost = RDBStorage._create_new_trial, []
+    real, lost = Session.commit, []
 
-    def torn(self: Any, *given: Any) -> Any:
-        found = real(self, *given)
+    def torn(self: Session) -> None:
+        real(self)
         if not lost:
-            lost.append(found)
-            cause = OperationalError("INSERT", {}, psycopg.OperationalError("connection lost"))
-            raise StorageInternalError from cause
-        return found
+            lost.append(self)
+            raise OperationalError("COMMIT", {}, psycopg.OperationalError("connection lost"))
 
-    monkeypatch.setattr(RDBStorage, "_create_new_trial", torn)
-    for _ in range(2):
-        trial = book.ask()
-        trial.suggest_float("x", 0, 1)
-        book.hand_over(trial, proposal(trial.number))
-    assert book.proposed() == 2 and len(lost) == 1
-    book.release()
+    with driver(postgres) as book:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "commit", torn)
+            propose(book)
+        propose(book)
+        assert len(lost) == 1 and states(book) == ["WAITING"] * 2
 
 
 def test_clocks_and_zones_do_not_matter(
@@ -531,6 +527,17 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, kept)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["policy.json"]
+
+
+def test_no_link_is_written_through(tmp_path: Path) -> None:
+    """What lies where a file is prepared is replaced, not followed, and nothing is left there."""
+    path, other = tmp_path / "policy.json", tmp_path / "other"
+    other.write_text("theirs")
+    (tmp_path / f"policy.json.{os.getpid()}.part").symlink_to(other)
+    path.symlink_to(other)
+    files.write(path, "mine")
+    assert (path.read_text(), other.read_text()) == ("mine", "theirs")
+    assert sorted(os.listdir(tmp_path)) == ["other", "policy.json"] and not path.is_symlink()
 
 
 # -- the model ------------------------------------------------------------------------------------

@@ -722,7 +722,7 @@ def autofr(*words: object) -> str:
 def test_import_and_export_are_inverse(model: Path, tmp_path: Path) -> None:
     """A schedule that was imported is exported as it was, to a file or to the terminal."""
     policy, text = tmp_path / "policy.json", '{"cache_interval": 3, "cache_branch_id": 1}'
-    (tmp_path / "theirs.json").write_text(text)
+    (tmp_path / "theirs.json").write_text(text, encoding="utf-8-sig")
     common = ["--from", "deepcache", "--model", model, "--steps", 8, "--out", policy]
     said = autofr("import", tmp_path / "theirs.json", *common)
     assert "3 keyframes among 8 steps" in said
@@ -733,6 +733,10 @@ def test_import_and_export_are_inverse(model: Path, tmp_path: Path) -> None:
     assert autofr("export", policy, "--to", "deepcache", "--model", model) == text + "\n"
     autofr("export", policy, "--to", "deepcache", "--model", model, "--out", tmp_path / "again")
     assert (tmp_path / "again").read_text() == text + "\n"
+    steps = (*found.steps[:2], *found.steps[:1], *found.steps[3:])
+    found.model_copy(update={"steps": steps}).save(policy)
+    with pytest.raises(InterchangeError, match=r"policy\.json: step"):
+        autofr("export", policy, "--to", "deepcache", "--model", model)
 
 
 def test_commands_fail_before_they_load(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from test_docs import blocks
 from test_search import tiny_pipe
 
@@ -151,6 +153,22 @@ def test_a_request_knows_the_defaults_of_the_command() -> None:
     given = SEARCH.make_context("search", []).params
     blank = Request().model_dump() | {"call": given["call"]}
     assert {name: given[name] for name in blank} == blank
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("steps", 2, 1000), ("batch", 1, 4096), ("seed", 0, 2**32 - 1), ("threads", 0, 1024)],
+)
+def test_numbers_have_the_bounds_of_the_command(name: str, low: int, high: int) -> None:
+    """What `autofr search` refuses as too small or too large a job file cannot ask for either."""
+    for number in (low, high):
+        assert SEARCH.make_context("search", [f"--{name}={number}"]).params[name] == number
+        assert getattr(Request.model_validate({name: number}), name) == number
+    for number in (low - 1, high + 1):
+        with pytest.raises(typer.BadParameter):
+            SEARCH.make_context("search", [f"--{name}={number}"])
+        with pytest.raises(ValidationError):
+            Request.model_validate({name: number})
 
 
 # -- what is wrong --------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_what_keeps_too_much_is_refused_with_its_size():
     memory = Memory({"a": 3 * 2**20}, 0, limit=2**20)
     with pytest.raises(BudgetError, match=r"3\.0 MiB between steps, more than the 1\.0 MiB"):
         memory.check((KEY, "m"), {"m": ("a",)}, Constant())
-    assert size(3 * 2**20) == "3.0 MiB" and size(2048) == "2.0 KiB"
+    assert [size(n) for n in (3 * 2**20, 2048, 100)] == ["3.0 MiB", "2.0 KiB", "100 B"]
 
 
 KEEPS = [Keep(), Keep(dtype="float16"), Keep(dtype="bfloat16"), Keep(host=True)]

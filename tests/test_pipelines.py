@@ -1125,9 +1125,9 @@ def test_a_model_that_asks_for_more_than_timesteps_has_no_other_solvers(task_of:
 @pytest.mark.parametrize(
     ("inputs", "call", "said"),
     [
-        ([{"promt": "a cat"}], {}, "cannot be given promt"),
-        ([{"prompt": "a cat"}], {"guidance": 3}, "cannot be given guidance"),
-        ([{"prompt": "a cat"}], {"generator": 3}, "cannot be given generator"),
+        ([{"promt": "a cat"}], {}, r"cannot be given promt \(did you mean prompt\?\)"),
+        ([{"prompt": "a cat"}], {"guidance": 3}, r"\(did you mean guidance_scale\?\); its"),
+        ([{"prompt": "a cat"}], {"generator": 3}, "cannot be given generator; --seed sets"),
         ([], {}, "at least one row"),
         ([{"prompt": "a"}, {"prompt": "b", "negative_prompt": "c"}], {}, "same arguments"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autofr.errors import BudgetError
 from autofr.measure.calibration import Calibration
 from autofr.measure.latency import Costs
-from autofr.mix import Constant, HardSigmoid, Linear, Table, mix_row
+from autofr.mix import MAX_WEIGHT, Constant, HardSigmoid, Linear, Table, mix_row
 from autofr.plan import planner
 from autofr.plan.planner import RIDGE, Rule, choices, plan
 from autofr.runtime import sampler
@@ -174,6 +174,23 @@ def test_a_fitted_mix_is_never_worse_than_plain_reuse(world, mix):
     fitted = choices(world.calibration, COSTS, replace(every, mix=mix))
     reached = np.isfinite(plain.error)
     assert (fitted.error[reached] <= plain.error[reached] * (1 + 1e-9) + 1e-12).all()
+
+
+@pytest.mark.parametrize("far", [1.0, 1e3, 1e9])
+def test_every_plan_is_a_table_that_a_policy_can_hold(far):
+    """Scores that are nothing, and reuse that is far off and all alike: a bound, and no error."""
+    world = World()
+    scores, reduced = world.teacher.copy(), far * (world.teacher[0] + 1e-3 * world.reduced)
+    scores[2:4] = 0.0
+    table = replace(
+        world.calibration,
+        teacher=scores @ scores.T,
+        cross=np.einsum("migd,jd->migj", reduced, scores),
+        own=(reduced**2).sum(-1),
+    )
+    rule = Rule(("cheap", "good", "jump"), mix="fit2", corrected=True)
+    assert np.abs(choices(table, COSTS, rule).weights).max() < 2 + 0.5 / RIDGE**0.5 < MAX_WEIGHT
+    assert isinstance(plan(table, COSTS, rule, 4.0).mix, Table)
 
 
 @laws

@@ -29,7 +29,7 @@ def plans(draw: st.DrawFn) -> Policy:
     rows: list[tuple[float, ...]] = []
     for index, step in enumerate(steps):
         keys = steps[:index].count("key")
-        kept = draw(st.integers(int(step == "jump"), keys))
+        kept = draw(st.integers(int(step == "jump"), min(keys, 16)))
         first = 0.0 if step == "jump" else 0.5
         plain = step == "key" and not kept
         rows.append(() if plain else (first, *(1.0 + k for k in range(kept))))
@@ -49,6 +49,14 @@ def test_retiming_to_the_same_count_changes_nothing(one: Policy) -> None:
     same = one.model_copy(update={"measured": None, "provenance": None})
     assert one.retime(one.sampler.replaces) == same
     assert one.retime(one.sampler.replaces).digest == one.digest
+
+
+def test_weights_that_fall_together_stay_within_bounds() -> None:
+    """Two keyframes become one: where their weights add up to too large a one, that is said."""
+    rows = ((), (), *[(0.0, 600.0, 600.0)] * 2)
+    one = policy(("key", "key", "jump", "jump"), MASKS, mix=Table(weights=rows))
+    with pytest.raises(PolicyError, match="cannot retime to 2 steps: weights of keyframes"):
+        one.retime(2)
 
 
 @laws

@@ -372,6 +372,34 @@ def test_equal_runs_propose_the_same(tmp_path: Path) -> None:
     assert proposals[0] == proposals[1] != proposals[2]
 
 
+def test_parameters_are_proposed_together(folder: Path) -> None:
+    """However many published rows were scored, the algorithm knows what all proposals share."""
+    book = ledger(folder)
+    for number in range(8):
+        row(book, f"{number} steps", Outcome(0.5, {}) if number % 2 else Outcome(reason="NaN"))
+        book.tell(propose(book)[0], number / 8, {})
+    for opened in (book, ledger(folder)):
+        assert {*opened.ask().relative_params} == {"tau", "bias"}
+
+
+@pytest.mark.parametrize("seed", [42_949, 2**32 - 1])
+def test_the_algorithm_takes_every_seed(folder: Path, seed: int) -> None:
+    """What the command line takes is no larger than what can be drawn with."""
+    propose(Ledger(folder, seed, "default"))
+
+
+def test_rows_that_an_older_version_has_queued_are_closed(folder: Path) -> None:
+    """They are scored as rows are now; no proposal takes their place or their name."""
+    book = ledger(folder)
+    for name in ("4 steps", "3 steps"):
+        book._study.enqueue_trial({}, user_attrs={"row": name})
+    book._study.ask()  # killed here
+    book = ledger(folder)
+    assert book.waiting() == 0 and states(folder) == ["FAIL", "FAIL"]
+    assert row(book, "4 steps", Outcome(0.5, {})) and row(book, "3 steps")
+    assert ledger(folder).proposed() == 0 and ledger(folder).waiting() == 0
+
+
 def test_only_the_algorithms_trials_count_as_proposed(folder: Path) -> None:
     """Rows and retries are extra; what was given up or is to be tried again counts once."""
     book = ledger(folder)

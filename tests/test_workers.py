@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,24 +23,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import ANSWER, save_model, wait
 from postgres import Postgres
 from test_docs import objection
-from test_search import few_rows, settings, stop_at, tiny_pipe, work_clock
+from test_search import few_rows, settings, stop_at, work_clock
 
 from autofr.cli import app
 from autofr.cli.worker import submit
 from autofr.errors import MeasurementError, StorageError
 from autofr.policy import load
 from autofr.request import Request, remade
-from autofr.search import shared
 from autofr.search.address import ENVIRONMENT, checked, redacted
 from autofr.search.crew import Crew
+from autofr.search.database import Storage, open_storage
 from autofr.search.evaluate import Candidate
-from autofr.search.facts import check_study, check_worker, facts_of, study_name
+from autofr.search.facts import check_code, check_study, check_worker, facts_of, study_name
 from autofr.search.folder import STATE, Settings
 from autofr.search.ledger import RETRIES
+from autofr.search.queue import Queue, joined
 from autofr.search.search import Search
-from autofr.search.shared import Helped, Queue, Share, SharedLedger, joined, open_storage
+from autofr.search.shared import Helped, Share, SharedLedger
 from autofr.search.trial import Outcome, Proposal, Scorer
 from autofr.search.trials import Trials
 from autofr.search.worker import work
@@ -49,15 +50,14 @@ from autofr.search.worker import work
 ROOT = Path(__file__).parents[1]
 POLICY = load(ROOT / "results" / "ldm4-1.5x" / "policy.json")
 BEAT = (1, 1)  # seconds: a heart beats, and may be silent
-ANSWER = 120.0  # seconds that anything here may take on a busy machine
 
 
 # -- trials of nothing ----------------------------------------------------------------------------
 
 
 def proposal(number: int) -> Proposal:
-    """A proposal that is told from others by its name."""
-    return Proposal(Candidate(f"p{number}", "planned", POLICY, float(number)))
+    """A proposal that is told from others by its name, and by how often it is corrected."""
+    return Proposal(Candidate(f"p{number}", "planned", POLICY, float(number)), number)
 
 
 def score(one: Proposal) -> Outcome:
@@ -76,11 +76,17 @@ def driver(at: Postgres, name: str = "one", seed: int = 0) -> Iterator[SharedLed
         book.release()
 
 
+def ask(book: SharedLedger) -> Any:
+    """A trial with its parameter read."""
+    trial = book.ask()
+    trial.suggest_float("x", 0, 1)
+    return trial
+
+
 def propose(book: SharedLedger, count: int = 1) -> None:
     """Queue so many of the algorithm's proposals."""
     for _ in range(count):
-        trial = book.ask()
-        trial.suggest_float("x", 0, 1)
+        trial = ask(book)
         book.hand_over(trial, proposal(trial.number))
 
 
@@ -92,15 +98,6 @@ def queue_of(at: Postgres, name: str = "one") -> Queue:
 def states(book: SharedLedger) -> list[str]:
     """The state of every trial in the database."""
     return [trial.state.name for trial in book._trials()]
-
-
-def wait_for(sign: Callable[[], Any]) -> Any:
-    """What is true at last."""
-    until = time.monotonic() + ANSWER
-    while not (found := sign()):
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.05)
-    return found
 
 
 # -- addresses ------------------------------------------------------------------------------------
@@ -127,10 +124,27 @@ def test_passwords_are_left_out(text: str) -> None:
     assert redacted(said) == said
 
 
-def test_text_without_passwords_stays(capsys: Any) -> None:
+def test_text_without_passwords_stays() -> None:
     """Nothing else is taken for one."""
     for text in ("postgresql://me@host/db", "hub:owner/name@main", "a: b@c", "https://a.b/c"):
         assert redacted(text) == text
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://me:Xq%zz@127.0.0.1:1/db",
+        "postgresql://me:Xq/cret@127.0.0.1:1/db",
+        "postgresql://127.0.0.1:1/db?user=me&password=Xq%zz",
+        "postgresql://me:Xq cret@127.0.0.1:1/db",
+    ],
+)
+def test_passwords_that_cannot_be_read_are_not_quoted(address: str) -> None:
+    """What the driver, or we, say of an address with a bad password has no part of it."""
+    pytest.importorskip("psycopg")
+    with pytest.raises(StorageError, match="--storage") as refusal:
+        open_storage(address)
+    assert "Xq" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +203,7 @@ def together(jobs: list[Callable[[], Any]]) -> list[Any]:
 def test_a_new_database_is_opened_by_many_at_once(postgres: Postgres) -> None:
     """Whoever comes first makes the tables; nobody trips over them."""
     found = together([lambda: open_storage(postgres.url)] * 6)
-    assert all(isinstance(one, shared.Storage) for one in found)
+    assert all(isinstance(one, Storage) for one in found)
 
 
 def test_several_workers_score_every_trial_once(postgres: Postgres) -> None:
@@ -272,6 +286,39 @@ def test_as_many_are_proposed_as_are_asked_for(postgres: Postgres) -> None:
         assert states(book).count("WAITING") == 3
 
 
+def test_what_was_never_queued_is_proposed_anew(postgres: Postgres) -> None:
+    """Ctrl-C while a proposal is worked out costs none of those that were asked for."""
+
+    def interrupted(trial: Any) -> Proposal:
+        raise KeyboardInterrupt
+
+    with driver(postgres) as book:
+        hands = Helped(book, SimpleNamespace(outcome=score), pause=0)
+        given = (book, settings(trials=2), hands, {}, [])
+        with pytest.raises(KeyboardInterrupt):
+            Trials(*given, interrupted, lambda *_: None).run()
+        assert book.proposed() == 0 and states(book) == []
+
+
+def test_equal_proposals_are_scored_once(postgres: Postgres) -> None:
+    """One that is queued already waits for its twin, takes its value, and counts."""
+    noted = {"label": "p", "digest": "d"}
+
+    def scored(one: Proposal) -> Outcome:
+        return Outcome(1.0 / one.rollouts, noted | {"proposal": one.key})
+
+    with driver(postgres) as book:
+        for number in (1, 1, 2):
+            book.hand_over(ask(book), proposal(number))
+        assert states(book) == ["WAITING"] * 2 and book.proposed() == 3
+        while book.take(scored):
+            assert book.proposed() == 3
+        assert not book.watch() and book.proposed() == 3
+        values = [(one.value, one.notes.get("duplicate_of")) for one in book.records()]
+        assert values == [(1.0, None), (0.5, None), (1.0, 0)]
+        assert [one.state.name for one in book._proposer.trials] == ["COMPLETE"] * 3
+
+
 def test_the_proposer_learns_what_workers_find(postgres: Postgres) -> None:
     """Values told by others reach the algorithm, each once, with what is still open as pending."""
     with driver(postgres) as book:
@@ -332,7 +379,7 @@ def test_a_trial_taken_by_a_process_that_died_at_once_is_found(postgres: Postgre
         propose(book)
         queue_of(postgres)._pop_waiting_trial_id()  # and no more
         assert states(book) == ["RUNNING"]
-        wait_for(lambda: book.watch() and "WAITING" in states(book))
+        wait(lambda: book.watch() and "WAITING" in states(book))
         assert states(book) == ["FAIL", "WAITING"]
         assert book.take(score) and not book.watch()
         assert [record.value for record in book.records()] == [0.0]
@@ -342,7 +389,7 @@ LIVE = """
 import sys, time
 import test_workers
 from autofr.search import worker
-from autofr.search.shared import joined
+from autofr.search.queue import joined
 
 def slow(one):
     print(one.candidate.name, flush=True)
@@ -389,27 +436,21 @@ def test_a_worker_that_is_paused_or_killed_costs_one_trial(postgres: Postgres) -
         with process(LIVE, postgres.url) as worker:
             assert heard(worker) == "p0"
             os.kill(worker.pid, signal.SIGSTOP)
-            wait_for(lambda: book.watch() and len(states(book)) == 3)  # taken for dead
+            wait(lambda: book.watch() and len(states(book)) == 3)  # taken for dead
             other = queue_of(postgres)
             assert [other.take(score, "me") for _ in range(2)] == ["scored", "scored"]
             propose(book)
             os.kill(worker.pid, signal.SIGCONT)
             assert "was given to another" in heard(worker)
             assert heard(worker) == "p2" and heard(worker) == "1 trials"
+            book.watch()
             book.hand_over(ask(book), proposal(1))
             assert heard(worker) == "p1"
-        wait_for(lambda: book.watch() and "WAITING" in states(book))  # killed: silent since
+        wait(lambda: book.watch() and "WAITING" in states(book))  # killed: silent since
         assert book.take(score) and not book.watch()
         assert sorted(record.value for record in book.records()) == [0.0, 1.0, 1.0, 2.0]
         assert states(book).count("FAIL") == 2
         assert all(trial.system_attrs == {} for trial in book._trials())  # nothing is inherited
-
-
-def ask(book: SharedLedger) -> Any:
-    """A trial with its parameter read."""
-    trial = book.ask()
-    trial.suggest_float("x", 0, 1)
-    return trial
 
 
 def test_a_database_that_is_away_for_a_while_costs_nothing(postgres: Postgres, caplog: Any) -> None:
@@ -501,9 +542,7 @@ def found(run: Search) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipe in a folder."""
-    place = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipe().save_pretrained(place)
-    return place
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -559,9 +598,10 @@ def test_workers_find_what_one_process_finds(
     monkeypatch.setenv("AUTOFR_STORAGE", postgres.url)
     with process(WORKER) as worker:
         assert found(run) == pytest.approx(alone)
-        assert heard(worker) == "5 trials scored" and worker.wait(ANSWER) == 0
+        assert re.fullmatch("[1-5] trials scored", heard(worker)) and worker.wait(ANSWER) == 0
     assert f"{socket.gethostname()}-{worker.pid}" in (tmp_path / "trials.csv").read_text()
     assert not list((tmp_path / STATE).glob("*.db"))
+    assert postgres.query("SELECT study_name FROM studies") == [(run._provenance(5).study,)]
 
 
 ORPHANS = """
@@ -585,7 +625,7 @@ def test_children_end_with_their_driver() -> None:
     with process(ORPHANS) as born:
         pids = [int(word) for word in heard(born).split()]
         assert len(pids) == 2 and all(map(alive, pids))
-    wait_for(lambda: not any(map(alive, pids)))
+    wait(lambda: not any(map(alive, pids)))
 
 
 # -- who may help ---------------------------------------------------------------------------------
@@ -603,9 +643,10 @@ def test_a_worker_with_another_model_or_version_is_refused(model: Path, monkeypa
         check_worker(facts, pipe, given)
     with pytest.raises(StorageError, match="steps: 6 there, 7 here"):
         check_worker(facts, pipe, replace(given, steps=7))
-    old = facts | {"code": facts["code"] | {"source": "0" * 16}}
+    check_code(facts)
+    old = {"code": facts["code"] | {"source": "0" * 16, "of tomorrow": "1"}}
     with pytest.raises(StorageError, match=r"source: 0000.* there, .* install the same version"):
-        check_worker(old, made(model)[0], given)
+        check_code(old)
 
 
 def test_the_study_of_another_search_is_refused(model: Path) -> None:

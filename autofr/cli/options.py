@@ -14,14 +14,15 @@ Budget = Annotated[str, typer.Option(help="speed-up such as 1.5x, or time per ca
 Space = Annotated[str, typer.Option(help="default, frdiff, direct, or a TOML file")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16")]
-Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of everything random")]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 takes all cores")]
 Steps = Annotated[
     int | None,
     typer.Option(min=2, max=1000, help="sampling steps of the teacher; the model's own, or 50"),
 ]
 Batch = Annotated[
-    int | None, typer.Option(min=1, help="images per call; the bundled model's own, or 8")
+    int | None,
+    typer.Option(min=1, max=4096, help="images per call; the bundled model's own, or 8"),
 ]
 Trials = Annotated[int, typer.Option(min=1, help="trials besides the published rows")]
 TimeLimit = Annotated[

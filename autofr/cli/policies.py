@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from autofr import files
 from autofr.cli import places
 from autofr.cli.options import Model
+from autofr.errors import InterchangeError
 from autofr.hub import read as load_policy
 from autofr.policy import Policy
 
@@ -80,11 +82,14 @@ def export(
     found = load_policy(policy)
     from autofr import interchange, zoo
 
-    text = interchange.write(kind, found, zoo.load(model).pipe)
+    try:
+        text = interchange.write(kind, found, zoo.load(model).pipe)
+    except InterchangeError as error:
+        raise InterchangeError(f"{policy}: {error}") from None
     if out is None:
         typer.echo(text)
         return
-    out.write_text(text + "\n", encoding="utf-8")
+    files.write(out, text + "\n")
     typer.echo(f"{_summary(found)}, for {kind} -> {out}")
 
 

@@ -145,7 +145,9 @@ def _show_expected(found: Sequence[Expected], as_json: bool) -> None:
     console.table(rows)
     known = [one.seconds for one in found if one.seconds is not None]
     more = ", and what is unknown" if len(known) < len(found) else ""
-    typer.echo(f"expected time: {_minutes(sum(known))} minutes{more} (nothing written)")
+    minutes = _minutes(sum(known))
+    unit = "minute" if minutes.endswith(" 1") else "minutes"
+    typer.echo(f"expected time: {minutes} {unit}{more} (nothing written)")
 
 
 def _minutes(seconds: float) -> str:

@@ -69,13 +69,14 @@ def worker(
             typer.echo(f"job {job.job_id}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from autofr.search.facts import check_worker
-    from autofr.search.shared import joined
+    from autofr.search.facts import check_code, check_worker
+    from autofr.search.queue import joined
     from autofr.search.trial import Scorer
     from autofr.search.worker import work
 
     with joined(storage, study, idle_limit, console.say) as queue:
         facts = queue.user_attrs["facts"]
+        check_code(facts)
         if not facts["request"]:
             raise StorageError(
                 f"study {queue.study_name!r}: its search was started in Python; say there how"

@@ -120,6 +120,6 @@ def _text(path: Path) -> str:
     if path.suffix in (".pt", ".pth", ".pkl") or data.startswith((b"PK\x03\x04", b"\x80")):
         raise InterchangeError(PICKLE)
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InterchangeError("not a text file") from None
+        raise InterchangeError("not a text file in UTF-8") from None

@@ -105,9 +105,9 @@ def _opened(policy: Policy, steps: Sequence[int]) -> list[tuple[float, ...]]:
     """The rows of a table, those of keyframes ready to be fitted: full weight on the own score."""
     rows = [policy.weights(i) for i in range(len(policy.steps))]
     kept = max([1, *(len(row) - 1 for row in rows)])
-    reused = False
-    for number, step in enumerate(policy.keyframes):
-        reused = reused or step != number  # all before it are keyframes else
+    keys, reused = [step for step in policy.keyframes if step in steps], False
+    for number, step in enumerate(keys):
+        reused = reused or step != keys[0] + number  # all that ran before are keyframes else
         if reused and steps.count(step) == 1:
             rows[step] = rows[step] or (1.0, *[0.0] * min(kept, number))
     return rows
@@ -179,11 +179,16 @@ class _Normal:
         return cls(np.sum(grams, axis=0), np.sum(rights, axis=0), parts[0].jump)
 
     def solve(self, old: tuple[float, ...]) -> tuple[float, ...]:
-        """Least squares on the same scores as before, with a ridge towards the old weights."""
-        start = np.array(old[1:] if self.jump else old)
-        ridge = RIDGE * np.trace(self.gram) / len(self.gram) * np.eye(len(self.gram))
+        """Least squares on the same scores as before, with a ridge towards the old weights.
+
+        The old weights where there is nothing to fit, or the run has left all bounds.
+        """
+        start, size = np.array(old[1:] if self.jump else old), np.trace(self.gram)
+        if not 0 < size < np.inf:
+            return old
+        ridge = RIDGE * size / len(self.gram) * np.eye(len(self.gram))
         weights = start + np.linalg.solve(self.gram + ridge, self.right - self.gram @ start)
-        if np.abs(weights).max() > MAX_WEIGHT:  # the step hardly depends on its score
+        if not np.abs(weights).max() <= MAX_WEIGHT:  # the step hardly depends on its score
             return old
         found = tuple(round(float(w), 6) for w in weights)
         return (0.0, *found) if self.jump else found

@@ -27,10 +27,10 @@ class Rule:
 
     `masks`: names allowed ("jump" among them); `mix`: "fit1", "fit2" (least squares on the
     reduced score and one or two keyframes' scores), or a λ(t) family; `max_gap`: most steps from a
-    keyframe to the next, or from the last one to the end; `phase`: log error weight
-    at the start and at the end against the middle; `first`, `last`: forced keyframes at the ends
-    of what runs; `corrected`: a fitted mix is corrected afterwards, at keyframes too, which makes
-    up for what the next keyframe's score explains of a step's error.
+    keyframe to the next, or from the last one to the end; `phase`: log error weight at the start
+    and at the end against the middle; `first`, `last`: forced keyframes at the ends of what runs;
+    `corrected`: a fitted mix is corrected afterwards, at keyframes too, which makes up for what the
+    next keyframe's score explains of a step's error.
     """
 
     masks: tuple[str, ...]
@@ -135,9 +135,10 @@ def _mixed(
     before: int,
     after: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Squared error and mix weights [reduced, last, before] at `steps` for one choice.
+    """Squared error (steps,) and mix weights [reduced, last, before] (steps, 3) of one choice.
 
-    With the gaps to the next keyframes, of what these leave to correct.
+    With the gaps to the next keyframes (`after`, one per step) the error is what is left when
+    their scores have made up for what they explain of it.
     """
     e, jump = calibration.teacher, name == JUMP
     last = steps - gap
@@ -156,11 +157,7 @@ def _mixed(
         free = [1] if jump else [0, 1]
         free += [2] if mix == "fit2" and before else []
         free += [] if after is None else [3]
-        weights = np.tile(start, (count, 1))
-        part = gram[np.ix_(range(count), free, free)]
-        ridge = RIDGE * target[:, None, None] * np.eye(len(free))
-        right = wanted[:, free] - part @ start[free]
-        weights[:, free] += np.linalg.solve(part + ridge, right[..., None])[..., 0]
+        weights = _fitted(gram, wanted, target, start, free)
     else:
         place = (calibration.first + steps) / calibration.asked
         share = [0.0 if jump else mix.weight(float(r)) for r in place]
@@ -168,6 +165,22 @@ def _mixed(
     error = target - 2 * (weights * wanted).sum(1)
     error += np.einsum("si,sij,sj->s", weights, gram, weights)
     return np.maximum(error, 0), weights[:, :3]
+
+
+def _fitted(
+    gram: np.ndarray, wanted: np.ndarray, target: np.ndarray, start: np.ndarray, free: list[int]
+) -> np.ndarray:
+    """Mix weights (steps, 4): least squares in the `free` ones, with a ridge towards `start`.
+
+    It bounds their distance to `start` by 1 + 1 / (2 sqrt(RIDGE)), whatever the network does.
+    """
+    weights = np.tile(start, (len(gram), 1))
+    part = gram[np.ix_(range(len(gram)), free, free)]
+    size = np.where(target > 0, target, 1.0)  # a score that is nothing can be had in many ways
+    ridge = RIDGE * size[:, None, None] * np.eye(len(free))
+    right = wanted[:, free] - part @ start[free]
+    weights[:, free] += np.linalg.solve(part + ridge, right[..., None])[..., 0]
+    return weights
 
 
 def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> Plan:

@@ -1,7 +1,7 @@
-"""The only code that replaces a forward: leaf hooks and one root hook per denoiser.
+"""What hooks do to a pipe: one root hook per denoiser, and leaf hooks below it.
 
-Leaf hooks sit on sub-modules and keep, put back or skip. The root hook on a denoiser decides what
-a call does; the step comes from the clock on the scheduler.
+The root hook on a denoiser decides what a call does; the step comes from the clock on the
+scheduler. Leaf hooks sit on sub-modules and keep, put back or skip.
 
 `torch.compile` traces leaf hooks with the modules they sit on, and never looks into the root hook:
 a whole denoiser has one graph for keyframes, one for each mask and one for calls outside runs, with
@@ -13,35 +13,22 @@ too; policies with many masks need a higher `torch._dynamo.config.recompile_limi
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
 from torch import nn
 
 from autofr.errors import PolicyError
 from autofr.runtime.clock import Clock, Listener, solver_steps
 from autofr.runtime.held import Form, forms
+from autofr.runtime.hooks import Hook, Leaf, StatefulHook, restore
 from autofr.runtime.points import Given, Pipe, Point, experts, sample_of, timestep_of
-from autofr.runtime.store import (
-    COMPUTE,
-    MISSING,
-    Branch,
-    Packing,
-    Run,
-    Slot,
-    mix,
-    signature,
-    tensors_in,
-)
+from autofr.runtime.store import COMPUTE, Branch, Packing, Run, mix, signature, tensors_in
 
-HOOK = "autofr"
 HOLD = -1  # a jump: the denoiser is not called
 BREAK = (
     "autofr decides in Python what each call of the denoiser computes: compile without fullgraph,"
@@ -57,122 +44,8 @@ OnMix = Callable[[int, Form | None, Any, Any, Sequence[Any]], None]
 """(step, form, sample, reduced score or None at a jump, held scores), called before they are mixed;
 scores are in the form in which they are held."""
 
-Action = Callable[[nn.Module, Given], Any]
-"""(module, its arguments) -> its output, or MISSING."""
 
-
-class _Hook(ModelHook):
-    """A hook of a patch; whoever copies or pickles a module with one is refused."""
-
-    installed: Any = None  # the forward that calls this hook
-
-    def put_on(self, module: nn.Module) -> None:
-        """Register on a module, outside of what is on it.
-
-        A method where diffusers puts a partial: `torch.compile` knows a method by its code and a
-        partial by its identity, and would compile every block of a transformer anew.
-        """
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(self, HOOK)
-        forward = vars(module)["forward"].func
-        forward.__wrapped__ = type(module).forward  # has the signature that pipelines look at
-        self.installed = module.forward = types.MethodType(forward, module)
-
-    def is_on(self, module: nn.Module) -> bool:
-        """Whether calling the module calls this hook: offloading drops what came after its own."""
-        forward = module.forward
-        while forward is not None and forward is not self.installed:
-            forward = getattr(forward, "__wrapped__", None)
-        return forward is not None and not self._bypassed
-
-    @property
-    def _bypassed(self) -> bool:
-        """Whether diffusers, removing a hook that this one stands on, has cut this one out."""
-        return getattr(self.fn_ref.forward, "func", None) != self.new_forward
-
-    def take_off(self, module: nn.Module) -> None:
-        """Remove from a module, with diffusers' traces where no other hook is left."""
-        outer, registry = module.forward, HookRegistry.check_if_exists_or_initialize(module)
-        if self._bypassed:
-            self.fn_ref.original_forward = self.fn_ref.forward
-        above = registry._fn_refs[registry._hook_order.index(HOOK) + 1 :][:1]
-        replaced = [ref.forward for ref in above if ref.original_forward is not None]
-        registry.remove_hook(HOOK, recurse=False)
-        for ref, forward in zip(above, replaced, strict=False):  # diffusers drops a new_forward
-            ref.original_forward, ref.forward = ref.forward, forward
-        if outer is not self.installed:  # offloading has come later, and calls this by its name
-            if vars(module).get("_old_forward") is self.installed:
-                module._old_forward = module.forward
-            module.forward = outer
-        if not registry.hooks:
-            if getattr(module.forward, "__func__", None) is type(module).forward:
-                vars(module).pop("forward", None)
-            del module._diffusers_hook
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse: a copy would share its clock with the original.
-
-        Raises: PolicyError.
-        """
-        raise PolicyError(
-            "a pipe with a policy cannot be copied or pickled: call autofr.remove(pipe), copy it,"
-            " and apply the policy to each"
-        )
-
-
-class _Leaf(_Hook):
-    """Keep, put back or skip at one module; `actions[mask]` is None where the module runs.
-
-    `torch.compile` traces it: a graph for keyframes, one for each mask, one for calls outside runs.
-    """
-
-    def __init__(self, run: Run, masks: int) -> None:
-        super().__init__()
-        self.run = run
-        self.keeps: list[tuple[Point, Slot]] = []
-        self.enters: list[Slot] = []
-        self.actions: list[Action | None] = [None] * (masks + 1)
-        self.offloads: list[ModelHook] = []
-
-    def put_on(self, module: nn.Module) -> None:
-        """Register on a module.
-
-        Where blocks are offloaded in groups, the first of a group loads its weights and the last
-        frees them, also when they are skipped.
-        """
-        super().put_on(module)
-        hook = module._diffusers_hook.get_hook("group_offloading")
-        self.offloads = [hook] if hook is not None and len(hook.group.modules) > 1 else []
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = self.run
-        action = self.actions[run.mask]
-        if action is not None:
-            found = action(module, (args, kwargs))
-            if found is not MISSING:
-                for offload in self.offloads:
-                    offload.pre_forward(module)
-                    offload.post_forward(module, found)
-                return found
-        if not run.keep:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        for slot in self.enters:
-            slot.given = args, kwargs
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        for point, slot in self.keeps:
-            given = args, kwargs
-            if slot.given is not None:
-                given, slot.given = slot.given, None
-            value = point.keep(module, given, output)
-            slot.held.append(run.packing.pack(value) if run.packing else value)
-        return output
-
-
-def _restore(point: Point, slot: Slot, module: nn.Module, given: Given) -> Any:
-    held = slot.take()
-    return MISSING if held is MISSING else point.restore(module, given, held)
-
-
-class _Direct(_Hook):
+class _Direct(Hook):
     """The root hook of a patch without a plan: the caller has set the mode of the call."""
 
     def __init__(self, patch: Patch) -> None:
@@ -208,19 +81,16 @@ class _Call(NamedTuple):
     prepared: Given
 
 
-class _Root(_Hook):
+class _Root(StatefulHook):
     """Decide per call of one denoiser: compute everything, run reduced, or hold; then mix.
 
     `torch.compile` sees nothing but the denoiser's own forward between `_begin` and `_end`.
     """
 
-    _is_stateful = True  # so that pipelines tell it the name of the guidance branch
-
     def __init__(self, patch: Patch, clock: Clock, plan: Sequence[Row], order: int) -> None:
         super().__init__()
         self.patch, self.run, self.clock = patch, patch.run, clock
         self.plan, self.order, self.counts = plan, order, patch.counts
-        self.contexts = StateManager(object)
 
     def reset_state(self, module: nn.Module) -> None:
         """A pipeline that ends its caches ends the run."""
@@ -284,9 +154,8 @@ class _Root(_Hook):
         arguments are the very tensors of one branch's keyframe alone, it is that branch: pipelines
         that stop guiding leave the first call out.
         """
-        context = self.contexts._context
-        if context is not None:
-            return id(module), context.name
+        if self.context is not None:
+            return id(module), self.context
         branches = {key: kept for key, kept in self.run.branches.items() if key[0] == id(module)}
         if len(branches) > 1:
             tensors = list(tensors_in(given))
@@ -347,7 +216,7 @@ class Patch(Listener):
             [point.prepare for point in mask if point.prepare] for mask in ((), *masks)
         ]
         self._order = order
-        self._hooks: list[tuple[nn.Module, nn.Module, str, _Hook]] = []
+        self._hooks: list[tuple[nn.Module, nn.Module, str, Hook]] = []
         self._bar = False
         self.clock: Clock | None = None
         if plan is not None:
@@ -376,7 +245,7 @@ class Patch(Listener):
         for denoiser in self.experts:
             for path, leaf in self._leaves().items():
                 self._register(denoiser, path, leaf)
-            root: _Hook = _Direct(self)
+            root: Hook = _Direct(self)
             if self.clock is not None and self.plan is not None:
                 root = _Root(self, self.clock, self.plan, self._order)
             self._register(denoiser, "", root)
@@ -423,11 +292,11 @@ class Patch(Listener):
             kwargs = prepare(kwargs)
         return args, kwargs
 
-    def _leaves(self) -> dict[str, _Leaf]:
-        leaves: dict[str, _Leaf] = {}
+    def _leaves(self) -> dict[str, Leaf]:
+        leaves: dict[str, Leaf] = {}
 
-        def leaf(path: str) -> _Leaf:
-            return leaves.setdefault(path, _Leaf(self.run, len(self.masks)))
+        def leaf(path: str) -> Leaf:
+            return leaves.setdefault(path, Leaf(self.run, len(self.masks)))
 
         for index, mask in enumerate(self.masks, start=1):
             for point in mask:
@@ -437,13 +306,13 @@ class Patch(Listener):
                     keeper.keeps.append((point, slot))
                     if point.enter_at is not None:
                         leaf(point.enter_at).enters.append(slot)
-                leaf(point.restore_at).actions[index] = functools.partial(_restore, point, slot)
+                leaf(point.restore_at).actions[index] = functools.partial(restore, point, slot)
             for point in mask:  # skips win: an outer point makes the inner ones irrelevant
                 for path, skip in point.skips.items():
                     leaf(path).actions[index] = skip
         return leaves
 
-    def _register(self, denoiser: nn.Module, path: str, hook: _Hook) -> None:
+    def _register(self, denoiser: nn.Module, path: str, hook: Hook) -> None:
         module = denoiser.get_submodule(path)
         hook.put_on(module)
         self._hooks.append((denoiser, module, path, hook))

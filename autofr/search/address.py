@@ -8,13 +8,21 @@ from autofr.errors import StorageError
 
 ENVIRONMENT = "AUTOFR_STORAGE"
 _SECRETS = (
-    (re.compile(r"(://[^\s:/@]*):\S*@"), r"\1:***@"),
-    (re.compile(r"(password=)[^\s&'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(://[^\s:/@]*:)(\S*)@"), r"\1***@"),
+    (re.compile(r"(password=)([^\s&'\"]+)", re.IGNORECASE), r"\1***"),
 )
 
 
-def redacted(text: str) -> str:
-    """A text, with the passwords of all addresses in it left out."""
+def redacted(text: str, address: str = "") -> str:
+    """A text, with the passwords of all addresses in it left out.
+
+    Of the password in `address` nothing that the text quotes is left: a driver that cannot read an
+    address quotes the part that it stumbled over.
+    """
+    secrets = [found[2] for pattern, _ in _SECRETS for found in pattern.finditer(address)]
+    for quoted in [*secrets, *re.findall(r'"([^"]+)"', text)]:
+        if any(quoted in secret for secret in secrets):
+            text = text.replace(f'"{quoted}"', '"***"')
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
@@ -25,6 +33,8 @@ def checked(address: str) -> str:
 
     Raises: StorageError for another kind of database, with the reason.
     """
+    if re.search(r"\s", address):  # where its password ends could not be told
+        raise StorageError("--storage: an address has no spaces; write them as %20")
     kind, found, rest = address.partition("://")
     if found and kind.partition("+")[0] in ("postgresql", "postgres"):
         return f"postgresql+psycopg://{rest}"

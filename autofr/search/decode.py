@@ -25,6 +25,15 @@ from autofr.search.space import (
     largest_gap,
 )
 
+GUESSES = (
+    (0.0, 0.0, 1, 0),
+    (1.0, 0.5, 1, 0),
+    (-1.0, 0.0, 1, 0),
+    (-1.0, 2.0, 3, 0),
+    (0.0, 1.5, 3, 1),
+)
+"""Phases and keyframes forced at the start and the end; in the last two the end weighs most."""
+
 
 class Trial(Protocol):
     """What `decode` needs of an Optuna trial; `optuna.trial.FixedTrial` fits too."""
@@ -87,21 +96,24 @@ def guesses(space: Space) -> list[dict[str, Any]]:
         "masks": axes.masks[0],
         "mix": axes.mix[0],
         "max_gap": axes.max_gap[1],
-        "first": inside(1, axes.first),
-        "last": inside(0, axes.last),
         "rollouts": inside(1, axes.rollouts),
     }
     if axes.mix[0] in ("sigmoid", "hard_sigmoid"):
         start |= {"tau": inside(30, axes.tau), "bias": inside(0.5, axes.bias)}
     elif axes.mix[0] == "step":
         start |= {"bias": inside(0.5, axes.bias)}
-    masks = [axes.masks[0], *(name for name in axes.masks if name == "jump+branches")]
-    phases = ((0.0, 0.0), (1.0, 0.5), (-1.0, 0.0))
     return [
         start
-        | {"phase_start": inside(a, axes.phase), "phase_end": inside(b, axes.phase), "masks": name}
-        for a, b in phases
-        for name in dict.fromkeys(masks)
+        | {
+            "phase_start": inside(phase_start, axes.phase),
+            "phase_end": inside(phase_end, axes.phase),
+            "first": inside(first, axes.first),
+            "last": inside(last, axes.last),
+            "masks": masks,
+        }
+        for phase_start, phase_end, first, last in GUESSES
+        for masks in axes.masks
+        if masks == axes.masks[0] or (masks == "jump+branches" and phase_start == phase_end == 0)
     ]
 
 

@@ -64,6 +64,23 @@ def check_study(name: str, there: Mapping[str, Any] | None, facts: Mapping[str, 
         )
 
 
+def check_code(facts: Mapping[str, Any]) -> None:
+    """Refuse to help a search of another version, before anything else of it is read.
+
+    Raises: StorageError with the differences.
+    """
+    different = [
+        f"{name}: {old} there, {code().get(name)} here"
+        for name, old in facts["code"].items()
+        if old != code().get(name)
+    ]
+    if different:
+        raise StorageError(
+            f"this worker would give other scores than its search ({'; '.join(different)}); install"
+            " the same version of autofr and diffusers"
+        )
+
+
 def check_worker(facts: Mapping[str, Any], pipe: Pipe, settings: Settings) -> Settings:
     """The settings for a worker of a search; refuse what would give other scores.
 
@@ -75,15 +92,10 @@ def check_worker(facts: Mapping[str, Any], pipe: Pipe, settings: Settings) -> Se
     here = spec_of(pipe, settings)
     own = [*OWN, "dtype", *(["weights"] if here.dtype != there.dtype else [])]
     here = here.model_copy(update={name: getattr(there, name) for name in own})
-    different = [
-        f"{name}: {old} there, {code()[name]} here"
-        for name, old in facts["code"].items()
-        if old != code()[name]
-    ]
-    different += [line.removesuffix("asked") + "here" for line in differences(there, here)]
+    different = [line.removesuffix("asked") + "here" for line in differences(there, here)]
     if different:
         raise StorageError(
-            f"this worker would give other scores than its search ({'; '.join(different)}); install"
-            " the same version, and give the same model with --model"
+            f"this worker would give other scores than its search ({'; '.join(different)}); give"
+            " the same model with --model, and the same inputs with --inputs"
         )
     return settings

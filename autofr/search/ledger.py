@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autofr.errors import RunFolderError
 from autofr.search.folder import STATE
-from autofr.search.trial import Outcome
+from autofr.search.trial import Outcome, Proposal
 
 STUDY = "autofr"
 RETRIES = 3
@@ -37,8 +37,20 @@ class Record:
 def algorithm(seed: int, trials: int) -> optuna.samplers.BaseSampler:
     """What proposes parameters; resumed with the seed alone, it would repeat its first trials."""
     return optuna.samplers.TPESampler(
-        seed=seed * 100_003 + trials, multivariate=True, n_startup_trials=8
+        seed=(seed * 100_003 + trials) % 2**32, multivariate=True, n_startup_trials=8
     )
+
+
+class _Proposer(optuna.Study):
+    """A study as the algorithm sees it: without what is over and has no parameters.
+
+    Published rows have none. With them no parameter is common to all trials, and the algorithm
+    proposes each by itself.
+    """
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        found = super()._get_trials(*args, **kwargs)
+        return [trial for trial in found if trial.params or not trial.state.is_finished()]
 
 
 def notes_of(trial: FrozenTrial) -> dict[str, Any]:
@@ -58,27 +70,31 @@ class Ledger:
     """The study: proposes parameters, keeps every trial; survives kill -9 at any moment."""
 
     def __init__(self, folder: Path, seed: int, space: str) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = (folder / STATE / "study.db").resolve()
         try:
             self._study = optuna.create_study(
                 study_name=STUDY, storage=f"sqlite:///{path}", load_if_exists=True
             )
             self._reap()
-            trials = len(self._study.trials)
+            sampler = algorithm(seed, len(self._trials()))
+            self._proposer = _Proposer(STUDY, self._study._storage, sampler)
         except Exception as error:  # SQLAlchemy's tree is not ours to import
             cause = str(error).partition("\n")[0]
             raise RunFolderError(
                 f"{path}: the study cannot be opened ({type(error).__name__}: {cause}); move the"
                 " file away to start afresh"
             ) from None
-        self._study.sampler = algorithm(seed, trials)
         self._study.set_user_attr("space", space)
 
     def _reap(self) -> None:
-        """As the sole owner, fail trials that a killed process left running; run them again."""
-        for trial in self._trials(TrialState.RUNNING):
-            self._study.tell(trial.number, state=TrialState.FAIL)
+        """As the sole owner, fail trials that a killed process left running; run them again.
+
+        Older versions queued published rows, which are no trials now: these are closed too.
+        """
+        for trial in self._trials(TrialState.RUNNING, TrialState.WAITING):
+            if trial.state == TrialState.RUNNING or "row" in trial.user_attrs:
+                self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         self._requeue()
 
     def _requeue(self) -> None:
@@ -98,7 +114,7 @@ class Ledger:
             trial
             for trial in trials
             if trial.state == TrialState.FAIL and trial.number not in followed
-            if trial.user_attrs.get("retry", 0) < RETRIES
+            if trial.user_attrs.get("retry", 0) < RETRIES and "row" not in trial.user_attrs
         ]
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -138,7 +154,7 @@ class Ledger:
 
     def ask(self) -> optuna.Trial:
         """Start the next trial: a queued one, or the algorithm's proposal."""
-        return self._study.ask()
+        return self._proposer.ask()
 
     def tell(self, trial: optuna.Trial, value: float, notes: Mapping[str, Any]) -> None:
         """Finish a trial; the notes are written first, so that no value is without them."""
@@ -154,6 +170,15 @@ class Ledger:
         """Close a trial that was cut off, and queue its parameters unless that happens always."""
         self.give_up(trial, reason, failed=True)
         self._requeue()
+
+    def told(self, trial: optuna.Trial, proposal: Proposal) -> bool:
+        """Whether a proposal was scored before; then its trial takes the value of its twin."""
+        for record in self.records():
+            if record.notes.get("proposal") == proposal.key:
+                notes = {name: record.notes[name] for name in ("label", "digest", "proposal")}
+                self.tell(trial, record.value, notes | {"duplicate_of": record.number})
+                return True
+        return False
 
     def more(self, trials: int) -> bool:
         """Whether another trial is to be asked for, where `trials` are wanted besides the rows."""

@@ -79,6 +79,7 @@ class Search:
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         self._tables: dict[int, Calibration] = {}
         self._guidance: Guidance = "none"
+        self._study = self.folder.name
         self._notes: list[str] = []  # remarks on what could not be shown
 
     def run(self) -> Finding:
@@ -276,7 +277,7 @@ class Search:
             yield Ledger(self.folder, settings.seed, settings.space.name)
             return
         self._facts = facts_of(self.pipe, settings, share.request, share.heartbeat)
-        name = share.study or study_name(self.folder.name, self._facts)
+        name = self._study = share.study or study_name(self.folder.name, self._facts)
         ledger = SharedLedger(share, name, settings.seed, settings.space.name)
         try:
             check_study(name, ledger.published, self._facts)
@@ -369,7 +370,7 @@ class Search:
             command=self.settings.command,
             call=plain(self.pipe),
             space=self.settings.space.name,
-            study=self.folder.name,
+            study=self._study,
             trials=trials,
             seconds=round(sum(self.stage_seconds.values()), 1),
             date=time.strftime("%Y-%m-%d"),

@@ -127,21 +127,14 @@ class Trials:
         while self.hands.free() and self.ledger.more(self.settings.trials) and not self._late():
             trial = self.ledger.ask()
             try:
-                self._begin(trial, self.propose(trial))
+                proposal = self.propose(trial)
+                if not self.ledger.told(trial, proposal):
+                    self.hands.begin(trial, proposal)
             except (BudgetError, MeasurementError) as error:
                 self.ledger.give_up(trial, str(error))
             except BaseException as error:
                 self.ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
                 raise
-
-    def _begin(self, trial: Any, proposal: Proposal) -> None:
-        """Begin a trial; one that was scored before takes its twin's value."""
-        for record in self.ledger.records():
-            if record.notes.get("proposal") == proposal.key:
-                notes = {name: record.notes[name] for name in ("label", "digest", "proposal")}
-                self.ledger.tell(trial, record.value, notes | {"duplicate_of": record.number})
-                return
-        self.hands.begin(trial, proposal)
 
     def _close(self, trial: Any, outcome: Outcome | None) -> None:
         """Keep how a trial went."""

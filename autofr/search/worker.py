@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from autofr.search.shared import Queue
+from autofr.search.queue import Queue
 from autofr.search.trial import Outcome, Proposal
 
 PAUSE = 1.0  # seconds between two looks at an empty queue
