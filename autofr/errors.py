@@ -60,12 +60,13 @@ class MeasurementError(AutofrError):
 
 
 def brief(value: object, most: int = 80) -> str:
-    """A value as a message quotes it: on one line, cut to a length."""
+    """A value as a message quotes it: on one line, its middle left out where it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # thousands of digits; lists in lists in lists
         text = f"a very large {type(value).__name__}"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def damaged(path: object) -> RunFolderError:
