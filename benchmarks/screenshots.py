@@ -1,6 +1,6 @@
 """Pictures of a run's page, light and dark: results/report-light.png and results/report-dark.png.
 
-    python benchmarks/screenshots.py results/ldm4-1.5x
+    python benchmarks/screenshots.py results/sd-2x
 
 The whole page, 1200 pixels wide, in 256 colours. Where there is no Chromium, nothing is drawn.
 """
