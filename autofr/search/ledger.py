@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from autofr import files
 from autofr.errors import RunFolderError
 from autofr.search.folder import STATE
 from autofr.search.trial import Outcome, Proposal
@@ -214,25 +217,20 @@ class Ledger:
 
     def write_csv(self, path: Path) -> None:
         """All trials as a table: number, state, error, label, parameters, reason."""
-        import csv
-
         trials = self._trials()
         names = sorted({name for trial in trials for name in trial.params})
         noted = ("label", "digest", "duplicate_of")
-        part = path.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["trial", "state", "error", *noted, "seconds", *names, "worker", "reason"]
-            )
-            for t in trials:
-                spent = round(t.duration.total_seconds(), 2) if t.duration else ""
-                row = [t.number, t.state.name, "" if t.value is None else t.value]
-                notes = notes_of(t)
-                row += [notes.get(name, "") for name in noted]
-                row += [spent, *(t.params.get(name, "") for name in names)]
-                writer.writerow([*row, *(notes.get(k, "") for k in ("worker", "reason"))])
-        part.replace(path)
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(["trial", "state", "error", *noted, "seconds", *names, "worker", "reason"])
+        for t in trials:
+            spent = round(t.duration.total_seconds(), 2) if t.duration else ""
+            row = [t.number, t.state.name, "" if t.value is None else t.value]
+            notes = notes_of(t)
+            row += [notes.get(name, "") for name in noted]
+            row += [spent, *(t.params.get(name, "") for name in names)]
+            writer.writerow([*row, *(notes.get(k, "") for k in ("worker", "reason"))])
+        files.write(path, table.getvalue())
 
 
 def fixed(params: Mapping[str, Any]) -> optuna.trial.FixedTrial:

@@ -100,6 +100,6 @@ def _copy_all(source: Path, target: Path, gap: str) -> None:
     on_shelf = (target / "ground.json").is_file()
     here, there = (source, target / gap) if on_shelf else (source / gap, target)
     for path in here.glob("calibration-*.npz"):
-        if not path.name.endswith(".part.npz") and not (there / path.name).exists():
+        if not (there / path.name).exists():
             there.mkdir(parents=True, exist_ok=True)
             files.write(there / path.name, path.read_bytes())
