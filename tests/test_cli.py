@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,15 @@ class Ran:
     err: str
 
 
-def autofr(*words: object) -> Ran:
-    """Run the command line in this process, on a clock that follows the network's arithmetic."""
+def ran(words: Iterable[object], *around: contextlib.AbstractContextManager[Any]) -> Ran:
+    """Run the command line in this process, inside of what is `around` it."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
+        for one in around:
+            stack.enter_context(one)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", ["autofr", *map(str, words)])
         patch.setenv("AUTOFR_DEBUG", "")
-        small = functools.partial(folders.Settings, **seeds())
-        patch.setattr(folders, "Settings", small)
-        stack.enter_context(work_clock())
-        stack.enter_context(few_rows())
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
@@ -65,6 +63,14 @@ def autofr(*words: object) -> Ran:
         except SystemExit as stop:
             code = int(stop.code or 0)
     return Ran(code, out.getvalue(), err.getvalue())
+
+
+def autofr(*words: object) -> Ran:
+    """Run the command line with few seeds, on a clock that follows the network's arithmetic."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(folders.Settings, **seeds())
+        patch.setattr(folders, "Settings", small)
+        return ran(words, work_clock(), few_rows())
 
 
 def seeds() -> dict[str, int]:

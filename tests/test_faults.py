@@ -7,7 +7,6 @@ What every fault did, and what was said, goes into the properties of the test's 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import resource
@@ -15,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,12 +30,11 @@ from optuna.study import StudyDirection
 from postgres import Postgres
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
-from test_cli import Ran, make_policy
+from test_cli import Ran, make_policy, ran
 from test_search import STEPS, tiny_pipe
 from test_workers import driver, made, proposal, propose, states
 
 from autofr import files
-from autofr.cli.app import main
 from autofr.errors import MeasurementError
 from autofr.search import crew
 from autofr.search.database import open_storage
@@ -109,19 +106,7 @@ class Crowd:
 
 def alone(words: tuple[object, ...], place: Path, **world: Any) -> Ran:
     """A command in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(under(World(place / "ran", place / "hold", **world)))
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(sys, "argv", ["autofr", *map(str, words)])
-        patch.setenv("AUTOFR_DEBUG", "")
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Ran(code, out.getvalue(), err.getvalue())
+    return ran(words, under(World(place / "ran", place / "hold", **world)))
 
 
 def last(ran: Ran) -> str:
