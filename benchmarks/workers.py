@@ -19,28 +19,30 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from protocol import load, write
 
-from autofr import policy
+from autofr import policy_file
 from autofr.request import Request, remade
 from autofr.search.crew import Crew
 from autofr.search.database import open_storage
 from autofr.search.evaluate import Candidate
 from autofr.search.facts import facts_of
 from autofr.search.queue import Queue, joined
-from autofr.search.shared import Share, SharedLedger
+from autofr.search.shared import Helped, Share, SharedLedger
 from autofr.search.trial import Outcome, Proposal
 from autofr.search.worker import work
 
 ROOT = Path(__file__).parents[1]
 POSTGRES = runpy.run_path(str(ROOT / "tests" / "postgres.py"))
-POLICY = policy.load(ROOT / "results" / "ldm4-1.5x" / "policy.json")
+POLICY = policy_file.load(ROOT / "results" / "ldm4-1.5x" / "policy.json")
+ROUNDS = 3
 BEAT = (1, 3)  # seconds between heartbeats, and without one until a trial is given away
 
 
@@ -70,7 +72,6 @@ def nothing(one: Proposal) -> Outcome:
 
 def queue(book: SharedLedger, count: int) -> None:
     """Propose and queue the same policy, each time to be scored."""
-    book.at_work = lambda one: False
     for _ in range(count):
         trial = book.ask()
         trial.suggest_float("x", 0, 1)
@@ -187,79 +188,129 @@ def storage(trials: int) -> list[dict[str, Any]]:
 
 
 def speed(model: str, trials: int) -> list[dict[str, Any]]:
-    """Real trials per minute: 2 children against 4 workers, on as many cores; best of three."""
+    """Real trials: 2 children in turns with 4 workers, on as many cores.
+
+    All are made and ready before; who has no turn is stopped. CPU time is that of the driver, of
+    those who have the turn, and of the database.
+    """
     asked = Request(model=model, threads=1)
     pipe, settings = remade(asked.model_dump_json())
-    taken: dict[str, list[float]] = {"2 children": [], "4 workers": []}
-    for _ in range(3):
-        taken["2 children"].append(_children(asked, trials))
-        taken["4 workers"].append(_workers(asked, facts_of(pipe, settings, None, BEAT), trials))
-    best = {name: trials / min(times) for name, times in taken.items()}
-    base = best["2 children"]
-    return [
-        {
-            "evaluators": name,
-            "trials per minute": round(60 * rate, 2),
-            "of 2 children": f"{100 * rate / base:.0f} %",
-        }
-        for name, rate in best.items()
-    ]
+    facts = facts_of(pipe, settings, asked.model_dump(mode="json", exclude={"out"}), (60, 300))
+    taken: dict[str, list[tuple[float, float]]] = {"2 children": [], "4 workers": []}
+    with _crew(asked) as crew, _crowd(facts) as (born, book, server_pid):
+        workers = [one.pid for one in born]
+        for _ in range(ROUNDS):
+            for one in born:
+                one.send_signal(signal.SIGSTOP)
+            taken["2 children"].append(_timed(partial(_children, crew, trials), crew.pids))
+            for one in born:
+                one.send_signal(signal.SIGCONT)
+            known = [*workers, server_pid]
+            taken["4 workers"].append(_timed(partial(_workers, book, trials), known))
+    return [_speed(name, trials, found, taken["2 children"]) for name, found in taken.items()]
 
 
-def _children(asked: Request, trials: int) -> float:
-    """Seconds of some trials on two children, from the moment when both are ready."""
+def _speed(
+    name: str, trials: int, found: list[tuple[float, float]], base: list[tuple[float, float]]
+) -> dict[str, Any]:
+    """A row: pairs of wall and CPU seconds, a pair for each round, against those of the base."""
+    wall, cpu = (sum(each) for each in zip(*found, strict=True))
+    shares = sorted(100 * b[0] / f[0] for f, b in zip(found, base, strict=True))
+    done = trials * len(found)
+    return {
+        "evaluators": name,
+        "trials": done,
+        "seconds per trial": round(wall / done, 2),
+        "CPU seconds per trial": round(cpu / done, 2),
+        "cores in use": round(cpu / wall, 2),
+        "speed, of 2 children": f"{100 * sum(b[0] for b in base) / wall:.0f} %",
+        "in each round": " ".join(f"{share:.0f}" for share in shares),
+    }
+
+
+def _timed(work: Callable[[], None], pids: list[int]) -> tuple[float, float]:
+    """Wall and CPU seconds of some work that this process does with others."""
+    known = [os.getpid(), *pids]
+    cpu, began = sum(map(_cpu, known)), time.monotonic()
+    work()
+    return time.monotonic() - began, sum(map(_cpu, known)) - cpu
+
+
+def _cpu(pid: int) -> float:
+    """CPU seconds of a process and all its children; of such as are gone too, if it buried them."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    if pid == os.getpid():  # its children are named by themselves
+        below = []
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") + sum(_cpu(int(one)) for one in below)
+
+
+@contextmanager
+def _crew(asked: Request) -> Iterator[Crew]:
+    """Two children that are ready."""
     with Crew(2, partial(remade, asked.model_dump_json())) as crew:
-        for number in range(2):
-            crew.begin(number, proposal(number))
-        while crew.busy():
-            crew.over()
-        began, left = time.monotonic(), trials
-        while left or crew.busy():
-            while left and crew.free():
-                crew.begin(left, proposal(left))
-                left -= 1
-            crew.over()
-        return time.monotonic() - began
+        _children(crew, 2)
+        yield crew
 
 
-def _workers(asked: Request, facts: dict[str, Any], trials: int) -> float:
-    """Seconds of some trials on four workers, from the moment when all are ready."""
+def _children(crew: Crew, trials: int) -> None:
+    """Score so many trials on children."""
+    while trials or crew.busy():
+        while trials and crew.free():
+            crew.begin(trials, proposal(trials))
+            trials -= 1
+        crew.over()
+
+
+@contextmanager
+def _crowd(facts: dict[str, Any]) -> Iterator[tuple[list[Any], SharedLedger, int]]:
+    """Four workers that are ready, their driver's ledger, and the process id of its database."""
     with server() as at:
         book = SharedLedger(Share(at.url, heartbeat=(60, 300)), "speed", 0, "none")
-        request = asked.model_dump(mode="json", exclude={"out"})
-        book.publish(facts | {"request": request, "heartbeat": (60, 300)})
+        book.publish(facts)
         environment = {**os.environ, "AUTOFR_STORAGE": at.url}
         command = [sys.executable, "-m", "autofr", "worker", "--threads", "1"]
         born = [subprocess.Popen(command, env=environment) for _ in range(4)]
-        while len({record.notes["worker"] for record in book.records()}) < 4:  # until all are ready
-            queue(book, int(book.waiting() < 4))
-            book.watch()
-            time.sleep(0.1)
-        while book.watch():
-            time.sleep(0.1)
-        began = time.monotonic()
-        queue(book, trials)
-        while book.watch():
-            time.sleep(0.1)
-        spent = time.monotonic() - began
-        book.dismiss()
-        for one in born:
-            one.send_signal(signal.SIGTERM)
-            one.wait()
-        book.release()
-    return spent
+        try:
+            while len({record.notes["worker"] for record in book.records()}) < len(born):
+                assert all(one.poll() is None for one in born), "a worker has ended"
+                queue(book, int(book.waiting() < len(born)))
+                book.watch()
+                time.sleep(0.5)
+            _workers(book, 0)
+            yield born, book, at.pid
+        finally:
+            for one in born:
+                one.kill()
+                one.wait()
+            book.release()
+
+
+def _workers(book: SharedLedger, trials: int) -> None:
+    """Score so many trials on workers; their driver queues and waits, as it does in a search."""
+    book.take = lambda work: False
+    hands = Helped(book, SimpleNamespace(outcome=nothing))
+    while trials or hands.busy():
+        while trials and hands.free(0):
+            trial = book.ask()
+            trial.suggest_float("x", 0, 1)
+            hands.begin(trial, proposal(trial.number))
+            trials -= 1
+        hands.over()
 
 
 NOTES = {
     "count": "Trials of nothing on PostgreSQL. Whenever as many more are over as the command says,"
     " a worker with a trial in hand is ended by kill -9. Each number from 0 is to be found once.",
     "storage": "What the study on PostgreSQL adds to a trial that costs nothing itself.",
-    "speed": "The same policy, scored as a trial is; the best of three rounds in turns.",
+    "speed": "The same policy, scored as a trial is, in turns: a round of each, three times. All"
+    " are ready before, and who has no turn is stopped. The driver scores nothing itself; its CPU"
+    " time and the database's are counted with the workers'.",
 }
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the three; `--trials` of speed are those of each round."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["count", "storage", "speed"])
     parser.add_argument("--model", default="ldm4")
@@ -267,7 +318,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--workers", type=int, default=4)
     args = parser.parse_args()
-    trials = args.trials or {"count": 1000, "storage": 200, "speed": 24}[args.what]
+    trials = args.trials or {"count": 1000, "storage": 200, "speed": 16}[args.what]
     rows = {
         "count": lambda: count(trials, args.every, args.workers),
         "storage": lambda: storage(trials),

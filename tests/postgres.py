@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ class Postgres:
             os.kill(self.pid, signal.SIGQUIT)
             self._born.wait(20)
 
+    def ended(self) -> bool:
+        """Whether it has ended, by whatever."""
+        return self._born is not None and self._born.poll() is not None
+
+    def answers(self) -> bool:
+        """Whether it does; where it has ended, it is started."""
+        if self.ended():
+            self.start()
+        return self._open()
+
     def query(self, statement: str) -> list[tuple]:
         """What a statement gives, over a connection of its own."""
         import psycopg
@@ -115,17 +126,20 @@ class Postgres:
         self.query("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
 
     def _wait(self) -> None:
+        until = time.monotonic() + 30
+        while not self._open():
+            if time.monotonic() > until:
+                raise RuntimeError((self.folder / "log").read_text()[-2000:])
+            time.sleep(0.1)
+
+    def _open(self) -> bool:
         import psycopg
 
-        until = time.monotonic() + 30
-        while True:
-            try:
-                psycopg.connect(self.url, connect_timeout=2).close()
-                return
-            except psycopg.OperationalError:
-                if time.monotonic() > until:
-                    raise RuntimeError((self.folder / "log").read_text()[-2000:]) from None
-                time.sleep(0.1)
+        try:
+            psycopg.connect(self.url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def _run(self, program: str, *arguments: object) -> None:
         command = [*self._as_user(), str(self._bin / program), *map(str, arguments)]
@@ -136,21 +150,36 @@ class Postgres:
         return ["setpriv", "--reuid=nobody", "--clear-groups", "--"] if os.geteuid() == 0 else []
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Postgres]:
-    """A running server, the same for a whole session."""
+@contextmanager
+def running(folder: Path) -> Iterator[Postgres]:
+    """A running server with its data in an empty folder."""
     found = binaries()
     if found is None:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
     pytest.importorskip("psycopg")
-    folder = Path(tempfile.mkdtemp(prefix="autofr-postgres-"))
     one = Postgres(folder, found)
     try:
         one.start()
         yield one
     finally:
         one.stop()
+
+
+@contextmanager
+def public_folder() -> Iterator[Path]:
+    """An empty folder that may be given to the server's user, unlike those of tests."""
+    folder = Path(tempfile.mkdtemp(prefix="autofr-postgres-"))
+    try:
+        yield folder
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Postgres]:
+    """A running server, the same for a whole session."""
+    with public_folder() as folder, running(folder) as one:
+        yield one
 
 
 @pytest.fixture
@@ -158,5 +187,5 @@ def postgres(server: Postgres) -> Iterator[Postgres]:
     """The running server, as new."""
     server.empty()
     yield server
-    if server._born and server._born.poll() is not None:  # a test killed it
+    if server.ended():  # a test killed it
         server.start()

@@ -27,7 +27,7 @@ import pytest
 import torch
 from faults import BEAT, Autofr, Way, World, save_model, search_words, under, wait
 from optuna.study import StudyDirection
-from postgres import Postgres
+from postgres import Postgres, public_folder, running
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from test_cli import Ran, make_policy, ran
@@ -36,7 +36,7 @@ from test_workers import driver, made, proposal, propose, states
 
 from autofr import files
 from autofr.errors import MeasurementError
-from autofr.search import crew
+from autofr.search import crew, database
 from autofr.search.database import open_storage
 from autofr.search.evaluate import Evaluator
 from autofr.search.folder import STATE
@@ -149,8 +149,13 @@ def counted(trials: Any, cut_off: int | None = None) -> str:
 
 
 def exhaust(one: Proposal) -> None:
-    """Ask for more memory than there is; torch's own words follow."""
-    torch.empty(2**60)
+    """Let this process have 64 MiB more, and take them: what it asks for next is refused."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 2**26
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    taken = []
+    while True:
+        taken.append(torch.zeros(2**20))
 
 
 def test_workers_and_drivers_that_die(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:
@@ -190,7 +195,7 @@ def test_workers_and_drivers_that_die(crowd: Crowd, postgres: Postgres, tell: Te
     lines = [line for line in driver.said.splitlines() if "tried again" in line]
     memory = next(line for line in lines if "memory" in line)
     ended = next(line for line in lines if "memory" not in line)
-    tell("worker out of memory", "a trial asks for more than there is", memory, kept)
+    tell("worker out of memory", "a trial takes all that its process may have", memory, kept)
     tell("kill -9 of a worker", "in the middle of a trial", ended, kept)
     steady.line("the search has all its trials")
     what = f"{len(before)} trials stayed as they were; {kept}"
@@ -290,6 +295,74 @@ def test_workers_that_are_paused_or_cut_off(crowd: Crowd, postgres: Postgres, te
     )
 
 
+def test_a_process_that_is_paused_within_a_transaction(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has locked is given free after seconds: others go on, and then it does."""
+    import psycopg
+
+    options = database._CONNECT["options"].replace("timeout=15000", "timeout=1000")
+    monkeypatch.setitem(database._CONNECT, "options", options)
+    with driver(postgres) as book:
+        propose(book)
+        number = Queue("one", open_storage(postgres.url, BEAT))._pop_waiting_trial_id()
+        paused = database._opened(postgres.url)
+        paused.execute("SELECT 1 FROM trials WHERE trial_id = %s FOR UPDATE", [number])
+        wait(lambda: book.watch() and states(book) == ["FAIL", "WAITING"])
+        with pytest.raises(psycopg.Error) as found:
+            paused.execute("SELECT 1")
+        assert database._away(found.value)
+
+
+def test_packets_that_are_lost(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:
+    """Nothing passes, then all connections are reset: driver and worker go on over new ones."""
+    way = Way(postgres.port)
+    through = postgres.url.replace(str(postgres.port), str(way.port))
+    driver = crowd.driver(through, hold=True)
+    driver.held()
+    worker = crowd.worker(through, "worker", hold=True)
+    worker.held()
+    way.block()
+    for one in (driver, worker):
+        one.go_on()
+    time.sleep(BEAT[0])  # shorter than the grace period
+    way.reset()
+    way.heal()
+    assert driver.ended() == 0 and worker.ended() == 0
+    way.close()
+    kept = counted(study(postgres.url).trials)
+    done = "no byte passes for a while, then every connection is reset"
+    lines = [line for line in f"{driver.said}{worker.said}".splitlines() if "is away" in line]
+    tell("dropped packets", done, (lines or ["(nothing: they connect again)"])[0], kept)
+
+
+@pytest.mark.parametrize("what", ["tables", "log"])
+def test_a_database_whose_disk_is_full(what: str, crowd: Crowd, tell: Tell) -> None:
+    """Whoever has a result waits and says so; with space, and the server again, all go on."""
+    psycopg = pytest.importorskip("psycopg")
+    with public_folder() as folder, mounted(folder, "128m") as disk, running(disk) as postgres:
+        driver = crowd.driver(postgres.url, hold=True)
+        worker = crowd.worker(postgres.url, "worker", hold=True)
+        driver.held()
+        worker.held()
+        fill(disk, 0)
+        if what == "log":  # the server ends where it cannot write that
+            with pytest.raises(psycopg.Error):
+                wait(lambda: postgres.query("SELECT pg_switch_wal()") is None)
+            wait(postgres.ended)
+        for one in (driver, worker):
+            one.go_on()
+        said = wait(lambda: [one for one in (driver, worker) if "database is away" in one.said])[0]
+        (disk / "ballast").unlink()
+        wait(postgres.answers)
+        assert driver.ended() == 0 and worker.ended() == 0
+        trials = study(postgres.url).trials
+        kept = counted(trials)
+        line = said.line("the database is away").replace(str(disk), "data")
+        done = {"tables": "tables cannot grow", "log": "its log cannot grow, and it ends"}
+        tell("full disk of PostgreSQL", done[what], line, kept)
+
+
 def poor(model: Path) -> Any:
     """Make the pipe of a child that has too little memory for a trial."""
     Scorer.outcome = lambda self, one: exhaust(one)  # type: ignore[method-assign]
@@ -306,7 +379,7 @@ def test_children_without_memory(model: Path, monkeypatch: pytest.MonkeyPatch, t
         children.begin("trial", proposal(0))
         with pytest.raises(MeasurementError, match=r"want of memory.*fewer --workers") as refused:
             children.over()
-    done = f"the trials of {crew.DEATHS} children of --workers in a row ask for more than there is"
+    done = f"the trials of {crew.DEATHS} children of --workers in a row take all they may have"
     tell("worker out of memory", done, str(refused.value), "each trial but the last is tried again")
 
 
@@ -430,21 +503,25 @@ def test_a_damaged_result(name: str, tmp_path: Path, tell: Tell) -> None:
 # -- the disk -------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def mounted(place: Path, size: str) -> Iterator[Path]:
+    """A small disk in an empty folder."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted (needs root)")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a mebibyte."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode == 0:
-            try:
-                yield place
-            finally:
-                subprocess.run(["umount", "-l", str(place)], check=True)
-            return
-    pytest.skip("a small disk cannot be mounted (needs root)")
+    with mounted(place, "1m") as found:
+        yield found
 
 
 def fill(disk: Path, left: int) -> None:

@@ -25,11 +25,12 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 @dataclass
 class _Child:
-    """A process, the way to it, and the trial that it works out."""
+    """A process, the way to it, the trial that it works out, and the key of its proposal."""
 
     process: Any
     line: connection.Connection
     trial: Any = None
+    key: str = ""
 
 
 class Crew:
@@ -60,17 +61,23 @@ class Crew:
         """Process ids of the children."""
         return [child.process.pid for child in self._children]
 
-    def free(self) -> bool:
-        return sum(child.trial is not None for child in self._children) < self._count
+    def free(self, twins: int = 0) -> bool:
+        return twins < self._count and len(self._busy()) < self._count
+
+    def at_work(self, proposal: Proposal) -> bool:
+        return any(child.key == proposal.key for child in self._busy())
 
     def busy(self) -> bool:
-        return any(child.trial is not None for child in self._children)
+        return bool(self._busy())
+
+    def _busy(self) -> list[_Child]:
+        return [child for child in self._children if child.trial is not None]
 
     def begin(self, trial: Any, proposal: Proposal) -> None:
         """Give a proposal to an idle child, or to a new one."""
         idle = [child for child in self._children if child.trial is None]
         child = idle[0] if idle else self._born()
-        child.trial = trial
+        child.trial, child.key = trial, proposal.key
         with suppress(OSError):  # it died while it was idle: `over` sees that
             child.line.send(proposal)
 
@@ -79,7 +86,7 @@ class Crew:
 
         Raises: MeasurementError when children fail, or die one after another.
         """
-        busy = {child.line: child for child in self._children if child.trial is not None}
+        busy = {child.line: child for child in self._busy()}
         return [self._answer(busy[line]) for line in connection.wait([*busy])]  # type: ignore[index]
 
     def _answer(self, child: _Child) -> tuple[Any, Outcome | None]:

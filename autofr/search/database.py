@@ -16,15 +16,17 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
-from autofr.errors import StorageError
-from autofr.search.address import checked, redacted
+from autofr.errors import StorageError, redacted
+from autofr.search.address import checked
 
 PATIENCE = 600.0  # seconds that a database may be away
 _SCHEMA = "autofr schema"
 _CONNECT = {
     "connect_timeout": 10,
-    # Server and client each notice within a minute that the other has lost its power.
-    "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
+    # Server and client each notice within a minute that the other has lost its power, and within
+    # seconds that a process is paused in the middle of a transaction, in whose way others stand.
+    "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
+    " -c idle_in_transaction_session_timeout=15000",
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
@@ -90,7 +92,8 @@ class _AgainError(Exception):
 def _away(error: BaseException) -> bool:
     """Whether an error says that the database cannot be reached, or does not work just now."""
     psycopg = _psycopg()
-    known = (_AgainError, psycopg.OperationalError, psycopg.InterfaceError)
+    paused = psycopg.errors.IdleInTransactionSessionTimeout
+    known = (_AgainError, psycopg.OperationalError, psycopg.InterfaceError, paused)
     return isinstance(_said(error), known)
 
 

@@ -15,6 +15,17 @@ from autofr.search.database import Storage, open_storage
 from autofr.search.ledger import FOUND
 from autofr.search.trial import Outcome, Proposal
 
+PAUSES = (0.05, 1.0)  # seconds between two looks at an empty queue, the shortest and the longest
+
+
+def pause(since: float) -> float:
+    """Seconds to wait before the next look, where `since` (monotonic) nothing was found.
+
+    A tenth of that time: what comes is found soon, and a database is left alone for long idlers.
+    """
+    shortest, longest = PAUSES
+    return min(longest, max(shortest, (time.monotonic() - since) / 10))
+
 
 class _NothingError(Exception):
     """No trial waits."""
@@ -99,7 +110,7 @@ def joined(
                 say("waiting for a search to open its study")
                 told = True
             if name is None:
-                time.sleep(1.0)
+                time.sleep(PAUSES[1])
         queue = Queue(name, storage)
         storage.heartbeat_interval, storage.grace_period = queue.user_attrs["facts"]["heartbeat"]
         yield queue

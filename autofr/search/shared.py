@@ -20,12 +20,14 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from autofr.errors import StorageError
+from autofr.search.address import check_name
 from autofr.search.database import Ownership, open_storage
 from autofr.search.ledger import OVER, RETRIES, Ledger, algorithm, retry_of
-from autofr.search.queue import Queue
+from autofr.search.queue import Queue, pause
 from autofr.search.trial import Outcome, Proposal, Scorer
 
 QUEUED = 4  # trials that wait for workers, at least
+LOOK = 0.2  # seconds between two looks of the driver at all trials, at least: each costs some 20 ms
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class SharedLedger(Ledger):
     """The driver's side: it proposes, queues, and tries again what was cut off."""
 
     def __init__(self, share: Share, name: str, seed: int, space: str) -> None:
-        self.name, self._grace, self._running = name, share.heartbeat[1], 0
+        check_name(name)
+        self.name, self._grace = name, share.heartbeat[1]
+        self._depth, self._dry = QUEUED, False  # how long a queue should be; whether it ran dry
         self._silent: dict[int, float] = {}  # running without a heartbeat: since when
         self._open: dict[str, int] = {}  # chain -> number of the proposer's trial
         self._keys: dict[str, str] = {}  # chain that is not over -> key of its proposal
-        self._twins: list[tuple[optuna.Trial, Proposal]] = []  # proposals that have such a key
         with ExitStack() as held:
             storage = open_storage(share.address, share.heartbeat)
             held.callback(storage.engine.dispose)
@@ -94,12 +97,18 @@ class SharedLedger(Ledger):
     def guess(self, params: Mapping[str, Any]) -> None:
         self._proposer.enqueue_trial(dict(params), skip_if_exists=True)
 
+    def ask(self) -> optuna.Trial:
+        self._follow()
+        return super().ask()
+
     def more(self, trials: int) -> bool:
         guesses = self._proposer.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         return bool(guesses) or self.proposed() < trials
 
     def proposed(self) -> int:
-        return super().proposed() + len(self._twins)
+        begun = self._proposer.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        unqueued = {trial.number for trial in begun} - {*self._open.values()}
+        return super().proposed() + len(unqueued)
 
     def tell(self, trial: optuna.Trial, value: float, notes: Mapping[str, Any]) -> None:
         self._add(trial, TrialState.COMPLETE, {**notes}, float(value))
@@ -111,14 +120,11 @@ class SharedLedger(Ledger):
         self._proposer.tell(trial, state=TrialState.FAIL if failed else TrialState.PRUNED)
 
     def at_work(self, proposal: Proposal) -> bool:
-        """Whether this driver has queued an equal proposal that is not over."""
+        """Whether an equal proposal is queued, by whichever driver, and not over."""
         return proposal.key in self._keys.values()
 
     def hand_over(self, trial: optuna.Trial, proposal: Proposal) -> None:
-        """Queue a proposal for whoever takes it first; one that is at work waits for its twin."""
-        if self.at_work(proposal):
-            self._twins.append((trial, proposal))
-            return
+        """Queue a proposal for whoever takes it first."""
         chain = uuid.uuid4().hex[:12]
         self._add(trial, TrialState.WAITING, {"chain": chain, "proposal": proposal.dump()})
         self._open[chain], self._keys[chain] = trial.number, proposal.key
@@ -140,12 +146,16 @@ class SharedLedger(Ledger):
 
     def take(self, work: Callable[[Proposal], Outcome]) -> bool:
         """Score a queued trial here; False where there is none."""
-        return self._study.take(work, "driver") != "none"
+        found = self._study.take(work, "driver") != "none"
+        self._dry = found and not self.waiting()
+        return found
 
-    def room(self) -> bool:
+    def room(self, twins: int = 0) -> bool:
         """Whether the queue is shorter than what workers may take until the next look."""
-        self._running = max(self._running, len(self._trials(TrialState.RUNNING)))
-        return self.waiting() < max(QUEUED, 2 * self._running)
+        if self._dry and not twins:  # workers may have had nothing to do meanwhile
+            self._depth *= 2
+        self._depth, self._dry = max(self._depth, 2 * len(self._trials(TrialState.RUNNING))), False
+        return self.waiting() + twins < self._depth
 
     def watch(self) -> bool:
         """Close trials whose process is gone and queue them again; whether some are not over.
@@ -162,10 +172,6 @@ class SharedLedger(Ledger):
                 notes = {name: trial.user_attrs[name] for name in ("chain", "proposal")}
                 self._add(trial, TrialState.WAITING, notes | retry_of(trial))
         self._follow()
-        twins, self._twins = self._twins, []
-        for twin, proposal in twins:
-            if not self.told(twin, proposal):
-                self.hand_over(twin, proposal)
         return bool(self._trials(TrialState.WAITING, TrialState.RUNNING))
 
     def _close_silent(self) -> None:
@@ -190,6 +196,7 @@ class SharedLedger(Ledger):
                 )
                 self._proposer.add_trial(begun)
                 self._open[chain] = len(self._proposer.get_trials(deepcopy=False)) - 1
+                self._keys[chain] = Proposal.load(notes["proposal"]).key
             mine = self._proposer.get_trials(deepcopy=False)[self._open[chain]]
             if (trial.state in OVER or lost) and not mine.state.is_finished():
                 value = trial.value if trial.state == TrialState.COMPLETE else None
@@ -203,19 +210,25 @@ class Helped:
 
     away = True
 
-    def __init__(self, ledger: SharedLedger, scorer: Scorer, pause: float = 1.0) -> None:
-        self._ledger, self._scorer, self._pause = ledger, scorer, pause
+    def __init__(self, ledger: SharedLedger, scorer: Scorer) -> None:
+        self._ledger, self._scorer, self._since = ledger, scorer, time.monotonic()
 
-    def free(self) -> bool:
-        return self._ledger.room()
+    def free(self, twins: int) -> bool:
+        return self._ledger.room(twins)
+
+    def at_work(self, proposal: Proposal) -> bool:
+        return self._ledger.at_work(proposal)
 
     def begin(self, trial: Any, proposal: Proposal) -> None:
         self._ledger.hand_over(trial, proposal)
+        self._since = time.monotonic()
 
     def busy(self) -> bool:
         return self._ledger.watch()
 
     def over(self) -> list[tuple[Any, Outcome | None]]:
-        if not self._ledger.take(self._scorer.outcome):
-            time.sleep(self._pause)
+        if self._ledger.take(self._scorer.outcome):
+            self._since = time.monotonic()
+        else:
+            time.sleep(max(LOOK, pause(self._since)))
         return []

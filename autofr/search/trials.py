@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from autofr.errors import BudgetError, MeasurementError
@@ -21,8 +21,12 @@ class Hands(Protocol):
 
     away: bool
 
-    def free(self) -> bool:
-        """Whether another proposal can be begun."""
+    def free(self, twins: int) -> bool:
+        """Whether another proposal can be begun, where so many wait for an equal one."""
+        ...
+
+    def at_work(self, proposal: Proposal) -> bool:
+        """Whether an equal proposal was begun and is not over."""
         ...
 
     def begin(self, trial: Any, proposal: Proposal) -> None:
@@ -47,8 +51,11 @@ class Own:
         self._scorer = scorer
         self._found: list[tuple[Any, Outcome | None]] = []
 
-    def free(self) -> bool:
+    def free(self, twins: int) -> bool:
         return not self._found
+
+    def at_work(self, proposal: Proposal) -> bool:
+        return False  # it has all that it began
 
     def begin(self, trial: Any, proposal: Proposal) -> None:
         self._found.append((trial, self._scorer.outcome(proposal)))
@@ -76,6 +83,7 @@ class Trials:
     guesses: Sequence[Mapping[str, Any]]
     propose: Callable[[Any], Proposal]
     on_progress: Callable[[str, int, int], None]
+    _twins: list[tuple[Any, Proposal]] = field(default_factory=list, init=False)
 
     def run(self) -> None:
         """Run queued trials and the algorithm's, until there are enough or time is up."""
@@ -96,7 +104,8 @@ class Trials:
         """Whether a trial is to be waited for, or to be begun: who is away may be done already."""
         if self.hands.away and self._late():
             return False
-        return self.hands.busy() or (self.ledger.more(self.settings.trials) and not self._late())
+        at_work = self.hands.busy() or bool(self._twins)
+        return at_work or (self.ledger.more(self.settings.trials) and not self._late())
 
     def _late(self) -> bool:
         """Say how far the trials are; whether no other may start."""
@@ -124,17 +133,31 @@ class Trials:
 
     def _fill(self) -> None:
         """Begin as many trials as the hands take."""
-        while self.hands.free() and self.ledger.more(self.settings.trials) and not self._late():
+        twins, self._twins = self._twins, []
+        for twin in twins:
+            self._begin(*twin)
+        while self._wanted():
             trial = self.ledger.ask()
             try:
-                proposal = self.propose(trial)
-                if not self.ledger.told(trial, proposal):
-                    self.hands.begin(trial, proposal)
+                self._begin(trial, self.propose(trial))
             except (BudgetError, MeasurementError) as error:
                 self.ledger.give_up(trial, str(error))
             except BaseException as error:
                 self.ledger.give_up(trial, f"{type(error).__name__}: {error}", failed=True)
                 raise
+
+    def _wanted(self) -> bool:
+        free = self.hands.free(len(self._twins))
+        return free and self.ledger.more(self.settings.trials) and not self._late()
+
+    def _begin(self, trial: Any, proposal: Proposal) -> None:
+        """Have a proposal scored, unless an equal one was: it waits for one that is at work."""
+        if self.ledger.told(trial, proposal):
+            return
+        if self.hands.at_work(proposal):
+            self._twins.append((trial, proposal))
+        else:
+            self.hands.begin(trial, proposal)
 
     def _close(self, trial: Any, outcome: Outcome | None) -> None:
         """Keep how a trial went."""

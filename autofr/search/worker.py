@@ -7,10 +7,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from autofr.search.queue import Queue
+from autofr.search.queue import Queue, pause
 from autofr.search.trial import Outcome, Proposal
-
-PAUSE = 1.0  # seconds between two looks at an empty queue
 
 
 def work(
@@ -35,7 +33,7 @@ def work(
             if time.monotonic() - last > idle:
                 say(f"no trial came for {idle:.0f} s")
                 break
-            time.sleep(PAUSE)
+            time.sleep(pause(last))
             continue
         done += found == "scored"
         last = time.monotonic()
