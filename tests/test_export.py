@@ -14,22 +14,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, tiny_vae
+from conftest import tiny_unet as tiny_unconditional
 from PIL import Image
 from test_recipes import NAMES, tiny_dit, tiny_kl, tiny_unet
 from test_train import pictures, same, stop_watch
 
 from autofr import zoo
 from autofr.errors import ModelError, UserError
+from autofr.inputs import read_inputs
 from autofr.measure.alignment import load_alignment, save_alignment
 from autofr.measure.quality import Encoder, Features, Reference, load_features, save_features
-from autofr.task import as_task, read_inputs
+from autofr.task import as_task
 from autofr.zoo import export, glyphs, train
 from autofr.zoo.recipe import Order, Trained, load_module
-from autofr.zoo.recipes import diffusion, dit, emoji, inputs, ldm4, sd, text
+from autofr.zoo.recipes import diffusion, dit, emoji, inputs, ldm4, ldm4_sr, sd, text
 
-KINDS = {"ldm4": "LDMPipeline", "dit": "DiTPipeline", "sd": "StableDiffusionPipeline"}
-PARTS = {"ldm4": ("unet", "vqvae"), "dit": ("transformer", "vae"), "sd": ("unet", "vae")}
+KINDS = {
+    "ldm4": "LDMPipeline",
+    "dit": "DiTPipeline",
+    "sd": "StableDiffusionPipeline",
+    "ldm4-sr": "LDMSuperResolutionPipeline",
+}
+PARTS = {
+    "ldm4": ("unet", "vqvae"),
+    "dit": ("transformer", "vae"),
+    "sd": ("unet", "vae"),
+    "ldm4-sr": ("unet", "vqvae"),
+}
+GLYPHS_OF = {"ldm4": 9, "dit": 15, "sd": 12, "ldm4-sr": 13}  # that it is trained on
 CHANNELS = 8  # of features: sets need more images than this
 PLACES = {  # group: a subgroup of it that `dit` or `sd` draws
     "Smileys & Emotion": "cat-face",
@@ -49,6 +62,8 @@ def pipe_of(kind: str) -> Any:
     torch.manual_seed(5)
     if kind == "ldm4":
         return make_pipe()
+    if kind == "ldm4-sr":
+        return ldm4_sr.build_pipe(tiny_unconditional(beside=3), tiny_vae())
     if kind == "dit":
         return dit.build_pipe(tiny_dit(), tiny_kl())
     tokenizer = text.build_tokenizer(NAMES)
@@ -74,9 +89,10 @@ def prepare(patch: pytest.MonkeyPatch) -> None:
     stop_watch(patch)
     for name, value in {"SAMPLES": 20, "BATCH": 10, "FEW": 10}.items():
         patch.setattr(export, name, value)
-    for recipe in (ldm4, dit, sd):
+    for recipe in (ldm4, dit, sd, ldm4_sr):
         patch.setattr(recipe, "STEPS", 2)
     patch.setattr(emoji, "COUNT", 4)
+    patch.setattr(ldm4_sr, "COUNT", 1)
     patch.setattr(glyphs, "read_names", lambda: GLYPHS)
     patch.setattr(glyphs, "render", lambda asked: pictures(len(asked), 64))
 
@@ -121,7 +137,9 @@ def expected(folder: Path) -> dict[str, Any]:
 
 
 def inputs_of(kind: str) -> list[dict[str, Any]]:
-    """Inputs of one set of the real data."""
+    """Inputs of one set of the real data, or a small picture."""
+    if kind == "ldm4-sr":
+        return [{"image": pictures(1, 16)[0]}]
     return [{"class_labels": 1}] if kind == "dit" else [{"prompt": GLYPHS[1].name}]
 
 
@@ -152,7 +170,7 @@ def test_its_scores_are_numbers(exported: Path) -> None:
     }  # fmt: skip
     assert found["recipe"]["after"] == {"minutes": 7}
     assert found["recipe"]["seconds"] == {"denoiser": 2.0}
-    assert found["recipe"]["glyphs"] == {"ldm4": 9, "dit": 15, "sd": 12}[exported.name]
+    assert found["recipe"]["glyphs"] == GLYPHS_OF[exported.name]
 
 
 def test_the_curve_ends_with_what_is_exported(exported: Path) -> None:
@@ -180,8 +198,9 @@ def test_its_features_know_the_sets(exported: Path) -> None:
     """Inputs of one set are compared with the real images of it, others with all."""
     whole = load_features(exported)
     assert whole is not None and whole.encoder.num_features == CHANNELS
-    if exported.name == "ldm4":
-        assert whole.reference.count == 9 * ldm4.MILD["count"]
+    if exported.name in ("ldm4", "ldm4-sr"):
+        glyph_count = 9 if exported.name == "ldm4" else 15 - GLYPHS_OF["ldm4-sr"]
+        assert whole.reference.count == glyph_count * ldm4.MILD["count"]
         return
     count = emoji.COUNT * expected(exported)["recipe"]["glyphs"]
     assert whole.reference.count == count
@@ -202,6 +221,16 @@ def test_alignment_lies_beside_what_reads_prompts(exported: Path) -> None:
         assert wanted <= expected(exported).keys()
         rows = read_inputs(exported / "inpaint.jsonl")
         assert rows[0].keys() == {"prompt", "image", "mask_image"}
+
+
+def test_small_pictures_lie_beside_what_makes_them_large(exported: Path) -> None:
+    """Searches read them; the drawing is compared with interpolation and the autoencoder."""
+    assert (exported / "upscale.jsonl").is_file() == (exported.name == "ldm4-sr")
+    if exported.name == "ldm4-sr":
+        rows = read_inputs(exported / "upscale.jsonl", exported)
+        assert len(rows) == 24 and {row["image"].size for row in rows} == {(16, 16)}
+        wanted = {"psnr_teacher", "psnr_bicubic", "psnr_autoencoder", "fid_bicubic"}
+        assert wanted <= expected(exported).keys()
 
 
 def test_only_the_denoiser_is_trained_on(exported: Path, start: Callable[[str], Path]) -> None:
@@ -269,6 +298,22 @@ def test_a_set_of_few_images_is_not_exported(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_perfect_drawing_has_no_error() -> None:
+    """PSNR ends at 100 dB: for the originals themselves, and where interpolation finds them."""
+    flat, noise = torch.full((3, 3, 64, 64), 0.5), pictures(3, 64) / 2 + 0.5
+    features = Features(Encoder(CHANNELS), Reference.of(torch.randn(20, CHANNELS)), "tiny")
+    for originals, plain in ((flat, True), (noise, False)):
+        small = [{"image": one} for one in ldm4_sr.shrink(originals * 2 - 1)]
+        trained = Trained(
+            pipe_of("ldm4-sr"), Encoder(CHANNELS), originals, {}, glyphs=1, steps=2, inputs=small
+        )
+        with torch.no_grad():
+            found = export._restored(trained, originals, features, originals)
+            worse = export._restored(trained, originals, features, originals * 0.9)
+        assert found["psnr_teacher"] == 100 > worse["psnr_teacher"]
+        assert (found["psnr_bicubic"] == 100) == plain and found["psnr_autoencoder"] < 100
+
+
 def test_a_module_is_loaded_as_if_new(start: Callable[[str], Path], tmp_path: Path) -> None:
     """In float32, and without the note of where it lay."""
     kind = type(tiny_kl())
@@ -311,7 +356,7 @@ def test_trained_weights_go_on_at_half_the_rate(
     monkeypatch.setattr(
         diffusion, "denoiser", lambda model, *given: rates.append(given[-1]) or model
     )
-    recipe = {"ldm4": ldm4, "dit": dit, "sd": sd}[kind]
+    recipe = {"ldm4": ldm4, "dit": dit, "sd": sd, "ldm4-sr": ldm4_sr}[kind]
     recipe.run(Order(1.0, "cpu", 0, tmp_path, start(kind)))
     assert rates == [recipe.RATE / 2] and Order(1.0, "cpu", 0, tmp_path).rate(1.0) == 1
 
@@ -357,6 +402,19 @@ def test_inputs_are_read_as_searches_read_them(domain: list[glyphs.Glyph], tmp_p
         assert row["mask_image"].mode == "L" and row["mask_image"].size == (64, 64)
         assert {*np.unique(np.asarray(row["mask_image"]))} == {0, 255}
     assert all(Image.open(io.BytesIO(v)).mode in "RGBL" for k, v in found.items() if "png" in k)
+
+
+def test_small_pictures_are_read_as_they_were(tmp_path: Path) -> None:
+    """One row for each, in order, to the nearest of 256 levels; no more than a search asks for."""
+    given = pictures(inputs.PICTURES + 3, 16)
+    (tmp_path / "inputs").mkdir()
+    for path, content in inputs.small(given).items():
+        (tmp_path / path).write_bytes(content)
+    rows = read_inputs(tmp_path / "upscale.jsonl", tmp_path)
+    assert len(rows) == inputs.PICTURES == len([*tmp_path.glob("inputs/*.png")])
+    for row, wanted in zip(rows, given, strict=False):
+        read = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1) / 127.5 - 1
+        torch.testing.assert_close(read, wanted, atol=0.5 / 127, rtol=0)
 
 
 def test_a_picture_is_turned_into_another_of_its_subgroup(domain: list[glyphs.Glyph]) -> None:

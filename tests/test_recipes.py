@@ -18,7 +18,8 @@ from test_train import pictures, same, seeded, stop_watch
 
 from autofr.errors import UserError
 from autofr.zoo import glyphs
-from autofr.zoo.recipes import autoencoder, diffusion, dit, emoji, ldm4, sd, text
+from autofr.zoo.recipe import Order
+from autofr.zoo.recipes import autoencoder, diffusion, dit, emoji, ldm4, ldm4_sr, sd, text
 
 COLOURS = ("red", "blue", "green", "bright yellow", "dark", "little", "old", "wild")
 THINGS = ("automobile", "cat: with joy", "bicycle", "house", "apple", "moon’s face")
@@ -210,6 +211,8 @@ def test_each_phase_has_its_own_latents(tmp_path: Path) -> None:
     signs = []
 
     class Line(torch.nn.Conv2d):
+        config = SimpleNamespace(out_channels=4)
+
         def forward(self, noisy: torch.Tensor, timestep: torch.Tensor) -> Any:
             signs.append(float(noisy.mean().sign()))
             return SimpleNamespace(sample=super().forward(noisy))
@@ -218,6 +221,36 @@ def test_each_phase_has_its_own_latents(tmp_path: Path) -> None:
     line = Line(4, 4, 1)
     diffusion.denoiser(line, phases, lambda *_: {}, STEPS, tmp_path, seed=0, lr=1e-3)
     assert signs == [1.0] * 6 + [-1.0] * 4
+
+
+def test_channels_that_are_not_predicted_get_no_noise(tmp_path: Path) -> None:
+    """The model reads them as they are, beside noisy latents of the same row."""
+    read = []
+
+    class Line(torch.nn.Conv2d):
+        config = SimpleNamespace(out_channels=1)
+
+        def forward(self, given: torch.Tensor, timestep: torch.Tensor) -> Any:
+            read.append(given)
+            return SimpleNamespace(sample=super().forward(given))
+
+    rows = (
+        torch.arange(5.0).view(-1, 1, 1, 1).expand(5, 3, 8, 8)
+        * torch.tensor([100, 1, 1])[:, None, None]
+    )
+    diffusion.denoiser(Line(3, 1, 1), [(math.inf, rows)], lambda *_: {}, STEPS, tmp_path, 0, 1e-3)
+    noisy, beside = torch.cat(read).tensor_split([1], 1)
+    rows_read = beside[:, :1, :1, :1]
+    assert torch.equal(beside, rows_read.expand_as(beside)) and {*rows_read.unique().tolist()} == {
+        0,
+        1,
+        2,
+        3,
+        4,
+    }
+    assert bool((noisy.flatten(1).std(1) > 0).all())
+    near = (noisy.mean((1, 2, 3)) / 100).round().flatten()
+    assert bool((near <= rows_read.flatten()).all()) and bool((near == rows_read.flatten()).any())
 
 
 # -- texts ----------------------------------------------------------------------------------------
@@ -375,3 +408,55 @@ def test_the_text_tower_stays_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
     assert same(before, read.encoder.state_dict()) and not same(start, unet.state_dict())
     assert {*prompts} == {"", "red", "blue", "apple", "red apple", "blue apple"}
     assert 0.05 < prompts.count("") / len(prompts) < 0.16
+
+
+# -- ldm4-sr --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_upscaler_reads_latents_and_a_picture() -> None:
+    """A model of about 2 M parameters, of six channels to three."""
+    model = ldm4_sr.build().eval()
+    assert 1.8e6 < sum(p.numel() for p in model.parameters()) < 2.2e6
+    found = model(torch.randn(2, 6, 16, 16, generator=seeded(0)), torch.tensor([3, 900])).sample
+    assert found.shape == (2, 3, 16, 16)
+
+
+def test_latents_and_small_pictures_are_of_the_same_views() -> None:
+    """The last three channels are the mean pixels of what the first three encode."""
+    vae, images = tiny_vae(), pictures(3, 64)
+    found = ldm4_sr.encode(vae, images, 1, 2)
+    assert found.shape == (6, 6, 16, 16)
+    for seed, part in enumerate(found.split(3), 2):
+        views, wanted = ldm4.encode(vae, images, seed, 1)
+        assert torch.equal(part[:, :3], wanted)
+        means = views.unflatten(3, (16, 4)).unflatten(2, (16, 4)).mean((3, 5))
+        torch.testing.assert_close(part[:, 3:], means)
+    assert not torch.equal(found[:3], found[3:])
+
+
+def test_every_tenth_emoji_is_kept_for_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The denoiser sees none of them; what is asked for is theirs alone, each in turn."""
+    trained_on: list[torch.Tensor] = []
+
+    def denoiser(model: Any, phases: Any, *_: Any) -> Any:
+        trained_on.extend(pairs for _, pairs in phases)
+        return model
+
+    number = torch.arange(21).view(-1, 1, 1, 1)
+    ink = torch.where(number % 10 == 0, 1 - 0.01 * number, -1.0)
+    monkeypatch.setattr(diffusion, "denoiser", denoiser)
+    monkeypatch.setattr(ldm4_sr, "COUNT", 2)
+    monkeypatch.setattr(glyphs, "read_names", lambda: [glyphs.Glyph("x", "x", "", "")] * 21)
+    monkeypatch.setattr(glyphs, "render", lambda asked: ink.expand(-1, 3, 64, 64))
+    found = ldm4_sr.run(Order(1.0, "cpu", 0, tmp_path))
+    (pairs,) = trained_on
+    assert len(pairs) == 2 * found.glyphs == 36
+    assert bool((pairs[:, 3:].mean((1, 2, 3)) < 0).all())  # black, with a white rim
+    assert len(found.inputs) == len(found.views) == 36 and found.originals is not None
+    for some in (found.originals, torch.stack([row["image"] for row in found.inputs])):
+        levels = some.amin((1, 2, 3)).view(-1, 3).sort(1).values
+        wanted = torch.tensor([0.8, 0.9, 1.0]).expand_as(levels)
+        torch.testing.assert_close(levels, wanted, atol=0.01, rtol=0)  # rendered as bytes

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from folders import picture, write
 from test_search import STEPS, tiny_pipe
 
 from autofr import zoo
@@ -24,6 +25,7 @@ KINDS = {
     "ldm4": {"conv", "branch", "attn", "stage"},
     "dit": {"attn", "ff", "block"},
     "sd": {"conv", "branch", "transformer", "attn", "cross", "ff", "stage"},
+    "ldm4-sr": {"conv", "branch", "attn", "stage"},
 }
 bundled = pytest.mark.parametrize(
     "name",
@@ -162,7 +164,9 @@ def test_weights_come_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lmd4", "ldm", "LDM4"])
 def test_a_near_name_is_offered(name: str) -> None:
     """A slip of the hand is answered with the name that was meant."""
-    with pytest.raises(ModelError, match=rf"no model '{name}'; did you mean ldm4\? Bundled: ldm4"):
+    with pytest.raises(
+        ModelError, match=rf"no model '{name}'; did you mean ldm4( or .*)?\? Bundled: ldm4"
+    ):
         zoo.load(name)
 
 
@@ -218,6 +222,19 @@ def test_half_precision_is_refused_where_diffusers_cannot(
     tiny_pipe(kind).save_pretrained(tmp_path / "tiny")
     with pytest.raises(ModelError, match=f"--dtype {dtype}: {kind.upper()}Pipeline .*float32"):
         zoo.load(str(tmp_path / "tiny"), dtype=dtype)
+
+
+def test_super_resolution_hands_its_pictures_to_numpy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So half precision is float16 alone."""
+    monkeypatch.chdir(tmp_path)
+    picture(0).save("small.png")
+    folder = str(write("upscaler", tmp_path / "tiny"))
+    with pytest.raises(ModelError, match=r"--dtype bfloat16: LDMSuperResolutionPipeline .*numpy"):
+        zoo.load(folder, dtype="bfloat16")
+    pipe = load(folder, dtype="float16", threads=1, call=["image=small.png"]).pipe
+    assert draw(pipe, [0], 2).images.isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["xpu", "meta"])

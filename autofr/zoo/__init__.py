@@ -16,13 +16,18 @@ from autofr.errors import ModelError, brief
 HERE = Path(__file__).parent
 WIDE = ("LDMPipeline", "PNDMPipeline", "KarrasVePipeline", "ScoreSdeVePipeline")
 """Pipelines that draw their noise in float32, whatever their network takes."""
-PLAIN = ("DDIMPipeline", "DDPMPipeline")
+PLAIN = ("DDIMPipeline", "DDPMPipeline", "LDMSuperResolutionPipeline")
 """Pipelines that hand their pictures to numpy as they are; it knows no bfloat16."""
 DTYPES = ("float32", "float16", "bfloat16")
 INDEX = "model_index.json"
 
 
-INPUTS = {"text2img": "prompts.txt", "img2img": "img2img.jsonl", "inpaint": "inpaint.jsonl"}
+INPUTS = {
+    "text2img": "prompts.txt",
+    "img2img": "img2img.jsonl",
+    "inpaint": "inpaint.jsonl",
+    "upscale": "upscale.jsonl",
+}
 """Files in a model's folder with what it draws for a task when nothing is given."""
 
 
@@ -71,6 +76,12 @@ BUNDLED = {
         batch=4,
         stands_for="Stable Diffusion 1.5",
         call={"guidance_scale": 3.0},
+    ),
+    "ldm4-sr": Bundled(
+        pipeline="LDMSuperResolutionPipeline",
+        summary="emoji from 16x16 to 64x64, latents 3x16x16, DDIM",
+        steps=50,
+        stands_for="LDM-SR (x4)",
     ),
 }
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from autofr.measure.alignment import Alignment, save_alignment
-from autofr.measure.quality import Features, Reference, Sets, save_features
+from autofr.measure.quality import Features, Reference, Sets, psnr, save_features
 from autofr.zoo.recipe import Trained
 
 SAMPLES = 512
@@ -43,6 +44,8 @@ def export(folder: Path, name: str, trained: Trained, recipe: dict[str, Any]) ->
         scores["fid_by_set"] = _by_set(trained, sets, features, embedded, drawn)
     if trained.towers is not None:
         scores |= _aligned(trained, trained.towers, real, drawn)
+    if trained.originals is not None:
+        scores |= _restored(trained, trained.originals.cpu() / 2 + 0.5, features, drawn)
     if trained.moments:
         scores["curve"] = _curve(trained, features, drawn)
     about = {"recipe": recipe, "date": time.strftime("%Y-%m-%d")}
@@ -77,7 +80,7 @@ def _draw(trained: Trained, count: int) -> torch.Tensor:
     for start in range(0, count, BATCH):
         numbers = range(start, start + BATCH)
         rows = [_asked(trained, number) for number in numbers]
-        given: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        given = {name: _together([row[name] for row in rows]) for name in rows[0]}
         images = trained.pipe(
             **(given or {"batch_size": BATCH}),
             **trained.call,
@@ -87,6 +90,11 @@ def _draw(trained: Trained, count: int) -> torch.Tensor:
         ).images
         drawn.append(torch.from_numpy(images).permute(0, 3, 1, 2))
     return torch.cat(drawn)
+
+
+def _together(values: list[Any]) -> Any:
+    """What one call is given of an argument: pictures as one tensor."""
+    return torch.stack(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def _measure(
@@ -166,6 +174,29 @@ def _aligned(
         "alignment_teacher": round(float(score(drawn, prompts).mean()), 2),
         "alignment_real": round(float(score(real[order], named).mean()), 2),
         "alignment_shuffled": round(float(score(drawn, prompts[1:] + prompts[:1]).mean()), 2),
+    }
+
+
+def _restored(
+    trained: Trained, originals: torch.Tensor, features: Features, drawn: torch.Tensor
+) -> dict[str, float]:
+    """How near what is drawn of small pictures is to their `originals` (n, 3, h, w) in [0, 1].
+
+    Beside it, of the same pictures: cubic interpolation, and the autoencoder's limit.
+    """
+    numbers = range(len(drawn))
+    wanted = originals[[number % len(originals) for number in numbers]].clamp(0, 1)
+    small = _together([_asked(trained, number)["image"] for number in numbers]).cpu() / 2 + 0.5
+    cubic = F.interpolate(small, wanted.shape[-2:], mode="bicubic").clamp(0, 1)
+    vae = _part(trained, "vae", "vqvae")
+    again = torch.cat([vae(batch * 2 - 1).sample / 2 + 0.5 for batch in wanted.split(BATCH)])
+    return {
+        "fid_bicubic": round(features.fid(features(cubic)), 3),
+        "fid_autoencoder": round(features.fid(features(again.clamp(0, 1))), 3),
+        "fid_real_sample": round(features.fid(features(wanted)), 3),
+        "psnr_teacher": round(psnr(drawn, wanted), 2),
+        "psnr_bicubic": round(psnr(cubic, wanted), 2),
+        "psnr_autoencoder": round(psnr(again.clamp(0, 1), wanted), 2),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autofr import files
 
 
 def mixed_precision(like: torch.Tensor) -> torch.autocast:
@@ -86,10 +89,9 @@ class _Run:
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    """Save; a kill leaves the old file or the new one whole."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files.write(path, buffer.getvalue())
 
 
 def kept(work: Path, name: str) -> list[tuple[float, dict[str, torch.Tensor]]]:

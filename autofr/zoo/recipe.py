@@ -54,7 +54,8 @@ class Trained:
         steps, of sampling; inputs, call arguments row by row, drawn from in turn; call, arguments
         of every call; argument, the name in `inputs` whose values the sets are made of; sets, its
         values by name of the set; labels, that argument's value for each view; towers, of the
-        alignment score; files, more to lie beside the weights, by name; moments of the denoiser's
+        alignment score; originals (inputs, 3, 64, 64) in [-1, 1], the pictures that inputs are
+        small copies of; files, more to lie beside the weights, by name; moments of the denoiser's
         training (seconds, weights), whose scores show whether more of it would help.
     """
 
@@ -70,6 +71,7 @@ class Trained:
     sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     labels: Sequence[Any] = ()
     towers: torch.nn.ModuleDict | None = None
+    originals: torch.Tensor | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     moments: Sequence[tuple[float, Mapping[str, torch.Tensor]]] = ()
 

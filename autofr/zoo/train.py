@@ -16,9 +16,9 @@ import typer
 from autofr.errors import AutofrError, UserError
 from autofr.zoo import check_device
 from autofr.zoo.recipe import Order
-from autofr.zoo.recipes import dit, ldm4, sd
+from autofr.zoo.recipes import dit, ldm4, ldm4_sr, sd
 
-RECIPES = {"ldm4": ldm4.run, "dit": dit.run, "sd": sd.run}
+RECIPES = {"ldm4": ldm4.run, "dit": dit.run, "sd": sd.run, "ldm4-sr": ldm4_sr.run}
 
 
 def main(

@@ -59,9 +59,10 @@ def denoiser(
 ) -> torch.nn.Module:
     """Train `model` to predict the noise (DDPM's simple loss), with an average of weights.
 
-    `phases` are (share of the time at which it ends, latents (n, c, h, w)).
+    `phases` are (share of the time at which it ends, latents (n, c, h, w)). Channels beyond those
+    that the model predicts get no noise: it reads them as they are.
     """
-    device = phases[0][1].device
+    device, channels = phases[0][1].device, model.config.out_channels
     model = model.to(device)
     signal = build_scheduler().alphas_cumprod.to(device)
     count = 32 if device.type == "cpu" else 256
@@ -70,12 +71,13 @@ def denoiser(
         latents = next(latents for end, latents in phases if fraction < end)
         pick = torch.randint(len(latents), (count,), generator=generator)
         time = draw_times(count, len(signal), generator).to(device)
-        clean = latents[pick.to(device)]
+        clean, beside = latents[pick.to(device)].tensor_split([channels], 1)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         level = signal[time].view(-1, 1, 1, 1)
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         with mixed_precision(latents):
-            predicted = model(noisy, timestep=time, **condition(pick, generator)).sample
+            given = torch.cat([noisy, beside], 1)
+            predicted = model(given, timestep=time, **condition(pick, generator)).sample
         return F.mse_loss(predicted.float(), noise)
 
     return train(

@@ -1,4 +1,4 @@
-"""What searches on `sd` draw from when nothing else is given: prompts, pictures and masks."""
+"""What searches draw from when nothing else is given: prompts, pictures and masks."""
 
 from __future__ import annotations
 
@@ -39,14 +39,23 @@ def files(found: Sequence[glyphs.Glyph], images: torch.Tensor, seed: int) -> dic
     turned, filled = [], []
     for number, (row, view) in enumerate(zip(rows.tolist(), views, strict=True)):
         picture = f"inputs/{number:03d}.png"
-        pixels = ((view.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255)
-        contents[picture] = _png(pixels.astype(np.uint8))
+        contents[picture] = _png(_pixels(view))
         turned.append({"prompt": _next(found, row), "image": picture})
         mask = f"inputs/mask-{number % MASKS}.png"
         filled.append({"prompt": found[row].name, "image": picture, "mask_image": mask})
     for name, lines in (("img2img.jsonl", turned), ("inpaint.jsonl", filled)):
         contents[name] = "".join(json.dumps(line) + "\n" for line in lines).encode()
     return contents
+
+
+def small(pictures: torch.Tensor) -> dict[str, bytes]:
+    """Contents by file name: upscale.jsonl, and the first of `pictures` (n, 3, s, s) in [-1, 1]."""
+    contents = {
+        f"inputs/{number:03d}.png": _png(_pixels(picture))
+        for number, picture in enumerate(pictures[:PICTURES])
+    }
+    lines = [json.dumps({"image": name}) + "\n" for name in contents]
+    return contents | {"upscale.jsonl": "".join(lines).encode()}
 
 
 def _next(found: Sequence[glyphs.Glyph], row: int) -> str:
@@ -64,6 +73,12 @@ def _mask(rng: np.random.Generator) -> np.ndarray:
         edges.append(slice(start, start + length))
     mask[edges[0], edges[1]] = 255
     return mask
+
+
+def _pixels(picture: torch.Tensor) -> np.ndarray:
+    """A picture (3, h, w) in [-1, 1] as bytes (h, w, 3)."""
+    found = ((picture.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255)
+    return found.astype(np.uint8)
 
 
 def _png(pixels: np.ndarray) -> bytes:
