@@ -41,7 +41,7 @@ check: $(STAMP)
 	$(MAKE) test
 
 schema: $(STAMP)
-	$(BIN)/python -c "from autofr.policy import schema_text; print(end=schema_text())" > docs/policy.schema.json
+	$(BIN)/python -c "from autofr.policy_file import schema_text; print(end=schema_text())" > docs/policy.schema.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class AutofrError(Exception):
     """Root of every error that autofr raises on purpose."""
@@ -67,6 +69,34 @@ def brief(value: object, most: int = 80) -> str:
         text = f"a very large {type(value).__name__}"
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+_SECRETS = [
+    re.compile(f"({before})({secret})")
+    for before, secret in (
+        (r"https?://", r"[^\s/@]+(?=@)"),  # a name alone may be a token
+        (r"://[^\s:/@]*:", r"\S*(?=@)"),
+        (r"(?i:password)=", r"[^\s&'\"]+"),
+        (r"Bearer ", r"[^\s'\"]{8,}"),
+        (r"\bhf_", r"[A-Za-z0-9]{20,}"),
+    )
+]
+"""What comes before a secret, and the secret."""
+
+
+def redacted(text: str, address: str = "") -> str:
+    """A text without the passwords of addresses and the tokens of the hub.
+
+    Of the password in `address` nothing that the text quotes is left: a driver that cannot read an
+    address quotes the part that it stumbled over.
+    """
+    secrets = [found[2] for pattern in _SECRETS for found in pattern.finditer(address)]
+    for quoted in [*secrets, *re.findall(r'"([^"]+)"', text)]:
+        if any(quoted in secret for secret in secrets):
+            text = text.replace(f'"{quoted}"', '"***"')
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***", text)
+    return text
 
 
 def damaged(path: object) -> RunFolderError:

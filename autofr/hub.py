@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autofr import reading
-from autofr.errors import AutofrError, HubError, PolicyError
+from autofr.errors import AutofrError, HubError, PolicyError, redacted
 from autofr.memory import size
-from autofr.policy import MAX_BYTES, Interval, Measured, Policy, Provenance, load, loads
+from autofr.policy import MAX_BYTES, Interval, Measured, Policy, Provenance
+from autofr.policy_file import load, loads
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -222,10 +223,10 @@ def _refusals(place: _Place) -> Iterator[None]:
 def _refusal(error: Exception, place: _Place) -> HubError:
     from huggingface_hub import errors as hub
 
-    site, repository = _unsigned(_endpoint()), place.repository
+    site, repository = redacted(_endpoint()), place.repository
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
-    detail = reading.printable(_unsigned(lines[0] if lines else type(error).__name__), 300)
+    detail = reading.printable(redacted(lines[0] if lines else type(error).__name__), 300)
     kind: type[HubError] = HubError
     match error:
         case hub.GatedRepoError():
@@ -251,14 +252,6 @@ def _refusal(error: Exception, place: _Place) -> HubError:
         case _:
             why = f"{site} refuses ({detail})"
     return kind(f"{place}: {why}")
-
-
-_SECRET = re.compile(r"(?<=//)[^/\s@]+@|\bhf_[\w-]+|(?<=Bearer )[^\s'\"]+", re.ASCII)
-
-
-def _unsigned(text: str) -> str:
-    """A text without tokens, nor the name and password of an address."""
-    return _SECRET.sub("", text)
 
 
 # -- the model card -------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from autofr.measure import profiling
+from autofr.measure import profile_file, profiling
 from autofr.measure.alignment import NOBODY, Judge
 from autofr.measure.calibration import candidate_masks
 from autofr.measure.latency import seconds
-from autofr.measure.profiling import Profile
+from autofr.measure.profile_file import Profile
 from autofr.policy import Measured, Policy
 from autofr.report import before_after, page, profile_pictures, report
 from autofr.report.wording import count
@@ -28,7 +28,6 @@ from autofr.search.shared import Share
 from autofr.search.shelf import shared
 from autofr.task import plain
 
-PROFILE = "profile.json"
 FEW = 8  # images of teacher and policy that the report shows
 
 
@@ -57,7 +56,7 @@ def run(
         found = Search(pipe, settings, folder, judge, on_progress, crew, share).run()
         on_progress("report", 0, 1)
         found.result.policy.save(folder / "policy.json")
-        found.profile.save(folder / PROFILE)
+        found.profile.save(folder / profile_file.FILE)
         few = [samples.images[:FEW] for samples in (found.teacher, found.chosen)]
         report.write(found.result, folder, found.profile, *few)
         before_after.save(few[0], few[1], folder)
@@ -149,17 +148,8 @@ def profile(
         seeds=seeds,
         on_progress=partial(on_progress, "profile"),
     )
-    found.save(folder / PROFILE)
+    found.save(folder / profile_file.FILE)
     return found, profile_pictures.profile_pictures(found, folder)
-
-
-def load_profile(folder: Path) -> Profile | None:
-    """Read the profile that a job left in a folder; None where there is none.
-
-    Raises: RunFolderError when it is damaged.
-    """
-    path = folder / PROFILE
-    return profiling.load(path) if path.is_file() else None
 
 
 def evaluate(

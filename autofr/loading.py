@@ -12,6 +12,7 @@ from typing import Any
 from autofr import task as tasks
 from autofr import zoo
 from autofr.errors import TaskError
+from autofr.inputs import parse_call, read_inputs
 from autofr.runtime.points import Pipe, name_of
 
 Rows = list[dict[str, Any]]
@@ -21,6 +22,8 @@ SIBLINGS: dict[str, str] = {
     "inpaint": "AutoPipelineForInpainting",
 }
 """Tasks, and what diffusers makes their pipelines with."""
+TASKS = {"Inpaint": "inpaint", "Img2Img": "img2img", "SuperResolution": "upscale"}
+"""Parts of pipelines' names, and the tasks that they say; others draw from texts or nothing."""
 
 
 def load(
@@ -41,10 +44,10 @@ def load(
     Raises: ModelError for a model that cannot be loaded or has no points; TaskError for a task,
         inputs or arguments that do not fit it.
     """
-    arguments = tasks.parse_call(call)
+    arguments = parse_call(call)
     if prompts and inputs:
         raise TaskError("--prompt and --inputs: give one of them")
-    rows = tasks.read_inputs(inputs) if inputs else [{"prompt": text} for text in prompts]
+    rows = read_inputs(inputs) if inputs else [{"prompt": text} for text in prompts]
     import torch
 
     from autofr.runtime.families import discover
@@ -82,7 +85,10 @@ def cores() -> int:
 def task_of(pipe: Pipe) -> str:
     """The task that a pipeline is made for, by its name."""
     name = name_of(pipe)
-    return "inpaint" if "Inpaint" in name else "img2img" if "Img2Img" in name else "text2img"
+    for word, task in TASKS.items():
+        if word in name:
+            return task
+    return "text2img"
 
 
 def sibling(pipe: Pipe, task: str) -> Pipe:
@@ -92,9 +98,11 @@ def sibling(pipe: Pipe, task: str) -> Pipe:
     """
     import diffusers
 
+    if task == task_of(pipe) and task not in SIBLINGS:
+        return pipe
     try:
         found = getattr(diffusers, SIBLINGS[task]).from_pipe(pipe)
-    except (ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise TaskError(
             f"--task {task}: diffusers has no such pipeline over the components of"
             f" {name_of(pipe)}; without --task it draws what it is made for"
@@ -122,7 +130,7 @@ def _own_rows(loaded: zoo.Loaded, task: str) -> Rows:
     path = loaded.folder / zoo.INPUTS[task] if loaded.folder else None
     if path is None or not path.is_file():
         return []
-    rows = tasks.read_inputs(path, loaded.folder)
+    rows = read_inputs(path, loaded.folder)
     return rows if {*rows[0]} <= {*inspect.signature(loaded.pipe.__call__).parameters} else []
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from autofr import files, reading
-from autofr.errors import PolicyError, brief
+from autofr import files, reading, retiming
+from autofr.errors import PolicyError
 from autofr.mix import (
     JUMP,
     KEY,
@@ -27,7 +24,6 @@ from autofr.mix import (
     mix_row,
 )
 
-VERSION = 1
 MAX_BYTES = 4 * 2**20
 MAX_STEPS = 10_000
 MAX_POINTS = 10_000
@@ -285,13 +281,13 @@ class Policy(Value):
         Raises: PolicyError for a step count that no policy can have, or where weights that become
             one are too large a one.
         """
-        count = _nearest(steps * len(self.steps), self.sampler.replaces)
+        count = retiming.nearest(steps * len(self.steps), self.sampler.replaces)
         if not 1 <= steps <= MAX_STEPS or not 1 <= count <= MAX_STEPS:
             raise PolicyError(
                 f"cannot retime to {steps} steps: expected 1 to {MAX_STEPS}, for the call and for"
                 f" the policy, which takes {len(self.steps)} for a call of {self.sampler.replaces}"
             )
-        sources = _sources(self.keyframes, len(self.steps), count)
+        sources = retiming.sources(self.keyframes, len(self.steps), count)
         changes: dict[str, Any] = {
             "sampler": Sampler(
                 **dict(self.sampler) | {"num_inference_steps": count, "replaces": steps}
@@ -301,7 +297,7 @@ class Policy(Value):
             "provenance": None,
         }
         if isinstance(self.mix, Table):
-            rows = _rows(self.mix.weights, self.keyframes, sources)
+            rows = retiming.rows(self.mix.weights, self.keyframes, sources)
             if any(abs(weight) > MAX_WEIGHT for row in rows for weight in row):
                 raise PolicyError(
                     f"cannot retime to {steps} steps: weights of keyframes that would fall together"
@@ -319,117 +315,3 @@ class Policy(Value):
         if len(content) > MAX_BYTES:
             raise PolicyError(f"a policy of {len(content)} bytes; {MAX_BYTES} are the most")
         files.write(Path(path), content)
-
-
-# -- another step count ---------------------------------------------------------------------------
-
-
-def _nearest(number: int, divisor: int) -> int:
-    """The integer nearest to a fraction, halves upwards."""
-    return (2 * number + divisor) // (2 * divisor)
-
-
-def _stretch(keys: Sequence[int], old: int, new: int) -> list[int]:
-    """Keyframes among `new` steps, as far apart as those among `old` are at the same place."""
-    ends = [*keys, old]
-    found = []
-    for index in range(-(-len(keys) * new // old)):
-        interval, rest = divmod(index * old, new)
-        place = ends[interval] * new + (ends[interval + 1] - ends[interval]) * rest
-        if (key := _nearest(place, old)) < new:
-            found.append(key)
-    return found
-
-
-def _sources(keys: Sequence[int], old: int, new: int) -> list[int]:
-    """Which of `old` steps each of `new` steps copies, keyframes from keyframes."""
-    lengths = [end - key for key, end in pairwise([*keys, old])]
-    reduced = [interval for interval, length in enumerate(lengths) if length > 1]
-    found = []
-    for index, (key, end) in enumerate(pairwise([*_stretch(keys, old, new), new])):
-        interval = index * old // new
-        found.append(keys[interval])
-        if end - key > 1 and lengths[interval] == 1:  # nothing to copy there: the nearest that has
-            interval = min(reduced, key=lambda one: abs(one - interval))
-        for gap in range(1, end - key):
-            like = _nearest(gap * lengths[interval], end - key)
-            found.append(keys[interval] + min(max(1, like), lengths[interval] - 1))
-    return found
-
-
-def _rows(
-    weights: Sequence[tuple[float, ...]], keyframes: Sequence[int], sources: Sequence[int]
-) -> tuple[Any, ...]:
-    """Rows of a table for the steps that copy `sources`, cut to the keyframes before.
-
-    A keyframe has the row of the one that came after what the step before it copies.
-    """
-    rows: list[tuple[float, ...]] = []
-    known, keys = {*keyframes}, 0
-    for index, source in enumerate(sources):
-        row = weights[source]
-        if source in known:
-            after = bisect_right(keyframes, sources[index - 1]) if index else len(keyframes)
-            row = weights[keyframes[after]] if after < len(keyframes) else ()
-        rows.append(row if len(row) <= keys + 1 else (*row[:keys], sum(row[keys:])))
-        keys += source in known
-    return tuple(rows)
-
-
-# -- the file -------------------------------------------------------------------------------------
-
-
-def loads(text: str | bytes) -> Policy:
-    """Read a policy from JSON text, in UTF-8 where it is bytes.
-
-    Raises: PolicyError naming the field, for any text that is not a valid policy.
-    """
-    if len(text) > MAX_BYTES:
-        raise PolicyError(f"larger than {MAX_BYTES >> 20} MiB, not a policy")
-    try:
-        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        fields = reading.parsed(text)
-    except UnicodeDecodeError:
-        raise PolicyError("not a text file in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"not valid JSON ({error}); is the file truncated?") from None
-    except ValueError as error:
-        raise PolicyError(f"not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise PolicyError(f"a policy is a JSON object, got {type(fields).__name__}")
-    version = fields.get("autofr_policy")
-    if version is None:
-        raise PolicyError('no field "autofr_policy": this is not a policy file')
-    if version != VERSION or isinstance(version, bool):
-        raise PolicyError(
-            f"policy version {brief(version)}; this autofr reads version {VERSION}: upgrade autofr,"
-            " or search again with this one"
-        )
-    try:
-        return Policy.model_validate_json(text.encode("utf-8", "replace"))
-    except ValidationError as error:
-        raise PolicyError(reading.objections(error)) from None
-
-
-def load(path: str | Path) -> Policy:
-    """Read a policy file.
-
-    Raises: PolicyError naming the file and the field.
-    """
-    path = Path(path)
-    try:
-        return loads(reading.content(path, MAX_BYTES))
-    except OSError as error:
-        raise PolicyError(f"{path}: cannot read the policy ({error.strerror})") from None
-    except PolicyError as error:
-        raise PolicyError(f"{path}: {error}") from None
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of the policy file."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Policy.model_json_schema()}
-
-
-def schema_text() -> str:
-    """The schema as it is published, in `docs/policy.schema.json`."""
-    return json.dumps(schema(), indent=1) + "\n"

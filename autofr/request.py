@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from autofr.errors import StorageError
-from autofr.search.address import checked
+from autofr.search.address import check_name, checked
 
 if TYPE_CHECKING:
     from autofr.measure.alignment import Judge
@@ -37,7 +37,7 @@ class Request(BaseModel):
     threads: int = Field(default=0, ge=0, le=1024)
     device: str = "cpu"
     dtype: str = "float32"
-    task: Literal["text2img", "img2img", "inpaint"] | None = None
+    task: Literal["text2img", "img2img", "inpaint", "upscale"] | None = None
     inputs: Path | None = None
     call: tuple[str, ...] = ()
     keep_dtype: Literal["float16", "bfloat16"] | None = None
@@ -79,7 +79,7 @@ def prepare(request: Request, command: str) -> Prepared:
 
     Raises: UserError for whatever cannot be read, found or loaded.
     """
-    from autofr.measure.latency import parse_budget
+    from autofr.measure.costs import parse_budget
     from autofr.memory import parse_size
     from autofr.policy import Keep
     from autofr.search.space import load_space
@@ -137,6 +137,7 @@ def check_help(workers: int | None, storage: str | None, study: str | None) -> N
         raise StorageError("--study: names a study in a database; give that with --storage")
     if storage:
         checked(storage)
+        check_name(study)
 
 
 def crew(request: Request, count: int) -> Crew:

@@ -9,28 +9,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import io
 import json
-import math
 from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from autofr import reading
 from autofr.errors import AutofrError, ModelError, TaskError, brief
+from autofr.inputs import PROMPTS
 from autofr.runtime.points import Pipe, find_denoiser, name_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-MOST_BYTES = 16 * 2**20
-MOST_PICTURE_BYTES = 64 * 2**20
-MOST_PIXELS = 64 * 2**20
-PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 Inputs = Sequence[Mapping[str, Any]]
 """One row of call arguments per sample: `{"prompt": "a cat"}`, `{"class_labels": 3}`, ..."""
@@ -42,26 +32,9 @@ EACH = ("prompt", "negative_prompt", "class_labels")
 STARTS = ("image", "mask_image", "control_image")
 FROM_VIDEOS = ("VideoToVideo", "Video2Video")
 FROM_IMAGES = (
-    "Img2Img", "ImageToVideo", "I2V", "Inpaint", "Upscale", "Pix2Pix", "Depth2Img", "ControlNet",
+    "Img2Img", "ImageToVideo", "I2V", "Inpaint", "Upscale", "SuperResolution", "Pix2Pix",
+    "Depth2Img", "ControlNet",
 )  # fmt: skip
-PROMPTS = (
-    "a red bicycle leaning against a white wall",
-    "portrait of an old fisherman, soft light",
-    "a bowl of ramen on a wooden table, top view",
-    "snowy mountains at sunrise",
-    "a small robot watering a plant",
-    "a watercolor painting of a fox in a forest",
-    "the skyline of a city at night, seen from a bridge",
-    "a close-up of a bee on a sunflower",
-    "an empty library with tall windows",
-    "two sailing boats on a calm lake",
-    "a pencil sketch of a lighthouse",
-    "a slice of strawberry cake on a blue plate",
-    "a grey cat asleep on a stack of books",
-    "an astronaut riding a horse in the desert",
-    "a market street after the rain",
-    "a green vase with dried flowers, studio photo",
-)
 
 
 class Task:
@@ -88,6 +61,8 @@ class Task:
             )
         if not inputs or any(set(row) != set(inputs[0]) for row in inputs):
             raise TaskError("inputs: expected at least one row, and the same arguments in all rows")
+        if _takes_stacks(pipe):
+            _check_sizes(pipe, [row["image"] for row in inputs if "image" in row])
         vars(self).update(
             _pipe=pipe,
             _inputs=[dict(row) for row in inputs],
@@ -115,6 +90,8 @@ class Task:
         given |= {name: value for name, value in self._call.items() if name not in each}
         if "class_labels" in given:
             given["class_labels"] = np.ravel(given["class_labels"]).tolist()
+        if _takes_stacks(self._pipe) and "image" in rows[0]:
+            given["image"] = _stacked([row["image"] for row in rows])
         own = {
             "num_inference_steps": num_inference_steps,
             "output_type": output_type,
@@ -216,7 +193,7 @@ def as_task(
     """
     known = inspect.signature(pipe.__call__).parameters
     call = dict(call or {})
-    if "batch_size" in known:
+    if "batch_size" in known and not _takes_stacks(pipe):
         if inputs:
             raise TaskError(f"{name_of(pipe)} draws from noise alone: it takes no inputs")
         return Task(pipe, [{}], call) if call else pipe
@@ -257,6 +234,58 @@ def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Container[str]) -
         )
 
 
+def with_starts(pipe: Pipe, seeds: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, h, w) in [0, 1] of seeds, each after the picture it starts from, if any."""
+    rows = [pipe.row(seed) for seed in seeds] if isinstance(pipe, Task) else [{}]
+    if any("image" not in row for row in rows):
+        return images
+    starts = [
+        F.interpolate(_tensor(row["image"])[None] / 2 + 0.5, images.shape[-2:]) for row in rows
+    ]
+    return torch.stack([torch.cat(starts), images.float().cpu()], 1).flatten(0, 1)
+
+
+# -- super resolution -----------------------------------------------------------------------------
+
+
+def _takes_stacks(pipe: Pipe) -> bool:
+    """Whether a call takes its pictures as one tensor, and a single one in no other form."""
+    return "LDMSuperResolution" in name_of(pipe)
+
+
+def _check_sizes(pipe: Pipe, pictures: Sequence[Any]) -> None:
+    """Refuse pictures that the denoiser cannot be given, or not together.
+
+    Raises: TaskError saying which sizes it can.
+    """
+    sizes = sorted({tuple(_tensor(picture).shape[1:]) for picture in pictures})
+    levels = len(find_denoiser(pipe).config.get("block_out_channels", [1]))
+    sides = 2 ** (levels - 1)
+    if len(sizes) > 1 or any(side % sides for size in sizes for side in size):
+        said = ", ".join(f"{width}x{height}" for height, width in sizes[:4])
+        raise TaskError(
+            f"{name_of(pipe)} cannot be given pictures of {said} pixels: expected one size, its"
+            f" sides multiples of {sides}; resize them"
+        )
+
+
+def _tensor(picture: Any) -> torch.Tensor:
+    """A picture as (3, h, w) in [-1, 1]; a tensor is one.
+
+    Raises: TaskError for what is no picture.
+    """
+    if isinstance(picture, torch.Tensor):
+        return picture
+    if not hasattr(picture, "convert"):
+        raise TaskError(f"image: expected a picture, received {brief(picture)}")
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+
+
+def _stacked(pictures: Sequence[Any]) -> torch.Tensor:
+    """Pictures of one size as one tensor (n, 3, h, w) in [-1, 1]."""
+    return torch.stack([_tensor(picture) for picture in pictures])
+
+
 def _drawn(pipe: Pipe, known: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is drawn when nothing is given: all class labels, or prompts of our own."""
     if "class_labels" in known:
@@ -280,104 +309,3 @@ def _labels(pipe: Pipe) -> Sequence[int]:
         if config.get(name):
             return range(int(config[name]))
     raise ModelError("the denoiser's configuration does not say how many classes it has")
-
-
-def read_inputs(path: Path, root: Path | None = None) -> list[dict[str, Any]]:
-    """Read a file of inputs: a prompt per line, or (`.jsonl`) a JSON object of call arguments.
-
-    Arguments whose name says image are paths, relative to the file; in a `root` if one is given.
-    Raises: TaskError naming the line.
-    """
-    try:
-        lines = reading.content(path, MOST_BYTES).decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise TaskError(f"--inputs {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise TaskError(f"--inputs {path}: not a text file in UTF-8") from None
-    texts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not texts:
-        raise TaskError(f"--inputs {path}: empty; expected a prompt per line")
-    if path.suffix.lower() != ".jsonl":
-        return [{"prompt": line} for _, line in texts]
-    return [_row(path, number, line, root) for number, line in texts]
-
-
-def _row(path: Path, number: int, line: str, root: Path | None) -> dict[str, Any]:
-    try:
-        row = _finite(reading.parsed(line))
-    except ValueError as error:
-        raise TaskError(f"--inputs {path}, line {number}: not valid JSON ({error})") from None
-    if not isinstance(row, dict) or not row:
-        raise TaskError(
-            f"--inputs {path}, line {number}: expected an object of call arguments such as"
-            ' {"prompt": "a cat"}'
-        )
-    where = f"--inputs {path}, line {number}"
-    return {name: _value(where, path.parent, name, value, root) for name, value in row.items()}
-
-
-def _finite(value: Any) -> Any:
-    """A value of JSON as it is.
-
-    Raises: ValueError for NaN and infinity, which no file of ours can say.
-    """
-    try:
-        json.dumps(value, allow_nan=False)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
-
-
-def _value(where: str, folder: Path, name: str, value: Any, root: Path | None = None) -> Any:
-    """The value of an argument: the picture itself, where its name says that it is one."""
-    if "image" not in name or not isinstance(value, str):
-        return value
-    place = folder / value
-    what = f"{where}: {reading.printable(name, 80)} {reading.printable(str(place), 200)}"
-    if root is not None and not reading.inside(root, place):
-        raise TaskError(f"{what} leads out of {root}")
-    try:
-        return _picture(place).convert("L" if "mask" in name else "RGB")
-    except Exception as error:  # each decoder has errors of its own
-        raise TaskError(f"{what} cannot be read ({reading.printable(str(error), 300)})") from None
-
-
-def _picture(place: Path) -> Image:
-    """Open a picture of one of the usual kinds; others may start programs (EPS).
-
-    Raises: OSError for one that is too large, or is none; ValueError.
-    """
-    import PIL.Image
-
-    packed = reading.content(place, MOST_PICTURE_BYTES)
-    found = PIL.Image.open(io.BytesIO(packed), formats=PICTURES)
-    if math.prod(found.size) > MOST_PIXELS:
-        raise OSError(f"{found.width} x {found.height} pixels; {MOST_PIXELS} are the most")
-    return found
-
-
-def _argument(pair: str, text: str) -> Any:
-    try:
-        value = reading.parsed(text)
-    except ValueError:
-        return text
-    try:
-        return _finite(value)
-    except ValueError as error:
-        raise TaskError(f"--call {brief(pair)}: expected numbers of JSON ({error})") from None
-
-
-def parse_call(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `NAME=VALUE` pairs; values are JSON, or text where they are not.
-
-    Arguments whose name says image are paths, relative to the working directory.
-    Raises: TaskError for a pair without a name or a value, or a picture that cannot be read.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, mark, text = pair.partition("=")
-        if not name or not mark or not text:
-            raise TaskError(f"--call {brief(pair)}: expected NAME=VALUE, such as guidance_scale=5")
-        value = _argument(pair, text)
-        found[name] = _value(f"--call {reading.printable(pair, 80)}", Path(), name, value)
-    return found

@@ -20,7 +20,7 @@ from typing import Any
 from protocol import load as load_pipe
 from protocol import write
 
-from autofr import policy
+from autofr import policy_file
 from autofr.mix import Table
 from autofr.policy import Model, Policy, Sampler
 from autofr.runtime.sampler import compile_plan
@@ -64,7 +64,7 @@ def row_of(steps: int, points: int, rounds: int) -> dict[str, Any]:
         path = Path(folder) / "policy.json"
         one.save(path)
         text = path.read_text(encoding="utf-8")
-        reading = milliseconds(lambda: policy.load(path), rounds)
+        reading = milliseconds(lambda: policy_file.load(path), rounds)
     parsing = milliseconds(lambda: json.loads(text), rounds)
     return {
         "steps": steps,

@@ -21,9 +21,10 @@ from protocol import load, write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autofr import policy
+from autofr import policy_file
 from autofr.measure import quality
 from autofr.measure.latency import paired
+from autofr.policy import Policy
 from autofr.runtime.points import find_denoiser
 from autofr.runtime.sampler import draw, reuse
 
@@ -65,7 +66,7 @@ def share(pipe: Any) -> tuple[float, float]:
     return weights, products / sum(by_op.values())
 
 
-def following(pipe: Any, chosen: policy.Policy | None) -> contextlib.AbstractContextManager[Any]:
+def following(pipe: Any, chosen: Policy | None) -> contextlib.AbstractContextManager[Any]:
     """The pipe with a policy inside the block, or as it is."""
     return reuse(pipe, chosen) if chosen else contextlib.nullcontext()
 
@@ -80,14 +81,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="time limit per comparison")
     args = parser.parse_args()
-    chosen, bare = policy.load(args.policy), load(args.model, args.threads)
+    chosen, bare = policy_file.load(args.policy), load(args.model, args.threads)
     weights, products = share(bare)
     teacher = draw(bare, SEEDS, args.steps).latents
 
     def speedup(first: tuple[Any, Any], second: tuple[Any, Any]) -> str:
         """Time two pairs (pipe, policy or None) of whole calls."""
 
-        def call(pipe: Any, follows: policy.Policy | None) -> None:
+        def call(pipe: Any, follows: Policy | None) -> None:
             with following(pipe, follows):
                 draw(pipe, range(args.batch), args.steps)
 

@@ -14,12 +14,12 @@ from postgres import postgres, server  # noqa: F401  (fixtures)
 torch.set_num_threads(1)
 
 
-def tiny_unet(channels: int = 3) -> diffusers.UNet2DModel:
-    """Three levels, attention on the lower two, as in `ldm4`."""
+def tiny_unet(channels: int = 3, beside: int = 0) -> diffusers.UNet2DModel:
+    """Three levels, attention on the lower two, as in `ldm4`; `beside` channels are read alone."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=8,
-        in_channels=channels,
+        in_channels=channels + beside,
         out_channels=channels,
         layers_per_block=2,
         block_out_channels=(8, 16, 16),

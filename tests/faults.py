@@ -13,6 +13,7 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from test_cli import FEW
 from test_search import few_rows, tiny_pipe, work_clock
 
 from autofr.cli.app import main
-from autofr.search import database, evaluate, facts, folder, shared, worker
+from autofr.search import database, evaluate, facts, folder, shared
 from autofr.search.search import Search
 from autofr.search.trial import Outcome, Proposal, Scorer
 
@@ -194,8 +195,6 @@ def under(world: World) -> Iterator[None]:
         patch.setattr(shared, "Share", functools.partial(shared.Share, heartbeat=BEAT))
         patch.setattr(shared.SharedLedger, "at_work", lambda *_: False)  # few policies, all wanted
         patch.setattr(database, "PATIENCE", world.patience)
-        patch.setattr(shared.Helped.__init__, "__defaults__", (0.1,))
-        patch.setattr(worker, "PAUSE", 0.1)
         if world.jump:
             patch.setattr(time, "time", jumping(world.jump))
         patch.setattr(Search, "_timed", until_trials)
@@ -247,7 +246,8 @@ class Way:
     """A port that leads to another one, until it is blocked: then nothing passes, either way."""
 
     def __init__(self, port: int) -> None:
-        self._to, self._blocked, self._over = port, threading.Event(), threading.Event()
+        self._to = port
+        self._blocked, self._forgotten, self._over = (threading.Event() for _ in range(3))
         self._door = socket.create_server(("127.0.0.1", 0))
         self._door.setblocking(False)
         self.port = self._door.getsockname()[1]
@@ -261,6 +261,11 @@ class Way:
     def heal(self) -> None:
         self._blocked.clear()
 
+    def reset(self) -> None:
+        """Break all connections, as a router does that has forgotten them; new ones may pass."""
+        self._forgotten.set()
+        wait(lambda: not self._forgotten.is_set())
+
     def close(self) -> None:
         self._over.set()
         self._thread.join()
@@ -269,6 +274,8 @@ class Way:
         with selectors.DefaultSelector() as ready, self._door:
             ready.register(self._door, selectors.EVENT_READ)
             while not self._over.is_set():
+                if self._forgotten.is_set():
+                    self._forget(ready)
                 if self._blocked.is_set():
                     time.sleep(0.02)
                     continue
@@ -276,6 +283,14 @@ class Way:
                     self._pass(ready, key.fileobj)
             for one in self._other:
                 one.close()
+
+    def _forget(self, ready: selectors.BaseSelector) -> None:
+        for one in self._other:
+            ready.unregister(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            one.close()
+        self._other.clear()
+        self._forgotten.clear()
 
     def _pass(self, ready: selectors.BaseSelector, one: Any) -> None:
         if one is self._door:

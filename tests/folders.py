@@ -194,6 +194,32 @@ def sdxl() -> Any:
     )
 
 
+def upscaler() -> Any:
+    model = diffusers.UNet2DModel(
+        sample_size=SIZE,
+        in_channels=6,
+        out_channels=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+    )
+    torch.manual_seed(0)
+    autoencoder = diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+        mid_block_add_attention=False,
+    )
+    return diffusers.LDMSuperResolutionPipeline(
+        vqvae=autoencoder.eval().requires_grad_(False), unet=randomise(model), scheduler=ddim()
+    )
+
+
 # -- transformers ---------------------------------------------------------------------------------
 
 
@@ -355,6 +381,7 @@ FAMILIES: dict[str, Family] = {
         tuple({**one, **other} for one, other in zip(PROMPTS, REFUSED, strict=True)),
         {"true_cfg_scale": 2.0} | SHORT | SMALL,
     ),
+    "upscaler": Family(upscaler, "none", ({"image": picture(0)}, {"image": picture(1)})),
     "svd": Family(svd, "batched", ({"image": picture(0)}, {"image": picture(1)}), SMALL),
     "wan": Family(wan, "split", PROMPTS, GUIDED | SHORT | VIDEO),
     "wan22": Family(wan22, "split", PROMPTS, GUIDED | SHORT | VIDEO),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autofr.measure.calibration import candidate_masks
-from autofr.measure.latency import Costs, whole
+from autofr.measure.costs import Costs, whole
 from autofr.mix import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
 from autofr.plan.baselines import (
     Draft,

@@ -18,7 +18,7 @@ from autofr.measure.calibration import (
     step_gains,
     worth_calibrating,
 )
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.runtime.families import discover
 from autofr.runtime.patch import Patch
 from autofr.runtime.recording import record

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autofr.errors import BudgetError
 from autofr.measure.calibration import Calibration
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.memory import Memory
 from autofr.mix import Constant, Sigmoid, Step, Table
 from autofr.plan import planner

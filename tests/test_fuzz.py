@@ -23,13 +23,13 @@ from conftest import make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr import interchange, policy, reading
+from autofr import interchange, policy_file, reading
 from autofr.errors import AutofrError
+from autofr.inputs import parse_call, read_inputs
 from autofr.interchange import READERS
-from autofr.measure import profiling
+from autofr.measure import profile_file
 from autofr.measure.calibration import Calibration
 from autofr.search.space import load_space
-from autofr.task import parse_call, read_inputs
 from autofr.tune import jobs
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +51,8 @@ def schedule(kind: str, path: Path) -> Any:
 
 
 FILES: dict[str, Callable[[Path], Any]] = {
-    "policy": policy.load,
-    "profile": profiling.load,
+    "policy": policy_file.load,
+    "profile": profile_file.load,
     "calibration": Calibration.load,
     "space": lambda path: load_space(str(path)),
     "jobs": lambda path: jobs.read_checked(path, root=path.parent),
@@ -228,7 +228,7 @@ def test_a_policy_with_other_fields_is_a_policy_or_one_clear_error(
     def law(data: bytes) -> None:
         found = outcome("policy", data, tmp_path)
         if not isinstance(found, Exception):
-            assert policy.loads(found.model_dump_json()) == found
+            assert policy_file.loads(found.model_dump_json()) == found
 
     law()
 

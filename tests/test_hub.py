@@ -27,7 +27,8 @@ from test_policy import MEASURED, PROVENANCE, edited, laws, policies, policy
 
 from autofr.errors import HubError, PolicyError
 from autofr.hub import card, is_reference, pull, push
-from autofr.policy import MAX_BYTES, Model, Policy, load
+from autofr.policy import MAX_BYTES, Model, Policy
+from autofr.policy_file import load
 
 OWNER, TOKEN = "alice", "hf_token-of-alice"
 REPOSITORY = f"{OWNER}/fast"

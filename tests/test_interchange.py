@@ -25,7 +25,8 @@ from autofr.cli import policies
 from autofr.errors import InterchangeError, PolicyError, UserError
 from autofr.interchange.components import freshest
 from autofr.mix import Constant, HardSigmoid, Mix, Table
-from autofr.policy import Policy, load
+from autofr.policy import Policy
+from autofr.policy_file import load
 from autofr.runtime.families import discover
 from autofr.runtime.points import find_denoiser
 from autofr.runtime.recording import record

@@ -20,9 +20,9 @@ from test_search import (
 
 from autofr import job
 from autofr.errors import BudgetError, ModelError, PolicyError, RunFolderError
-from autofr.measure.latency import parse_budget
-from autofr.policy import load
-from autofr.report.report import load_result
+from autofr.measure.costs import parse_budget
+from autofr.policy_file import load
+from autofr.report.report import load_profile, load_result
 from autofr.search.folder import STATE, run_folder, spec_of
 from autofr.search.result import Result
 
@@ -66,8 +66,8 @@ def test_a_search_leaves_everything_in_its_folder(done: Done) -> None:
     assert not any(name.endswith(".part") for name in names)
     assert load(done.folder / "policy.json") == done.result.policy
     assert load_result(done.folder) == done.result
-    kept = job.load_profile(done.folder / STATE)
-    assert job.load_profile(done.folder) == kept is not None
+    kept = load_profile(done.folder / STATE)
+    assert load_profile(done.folder) == kept is not None
 
 
 def test_a_search_tells_of_its_report_last(done: Done) -> None:
@@ -144,17 +144,17 @@ def test_a_profile_comes_back_from_its_folder(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr("autofr.report.profile_pictures.profile_pictures", lambda *_: drawn)
     with work_clock():
         found, paths = job.profile(tiny_pipe("ldm"), tmp_path, STEPS, 2, range(2))
-    assert job.load_profile(tmp_path) == found
+    assert load_profile(tmp_path) == found
     assert paths == drawn
 
 
 def test_a_damaged_profile_is_named_with_the_way_out(done: Done, tmp_path: Path) -> None:
     """Half of a file is never taken for none; no file is none."""
-    assert job.load_profile(tmp_path) is None
+    assert load_profile(tmp_path) is None
     whole = (done.folder / "profile.json").read_bytes()
     (tmp_path / "profile.json").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RunFolderError, match="delete it") as refusal:
-        job.load_profile(tmp_path)
+        load_profile(tmp_path)
     assert str(tmp_path / "profile.json") in str(refusal.value)
     assert "validation error" not in str(refusal.value)
 

@@ -339,7 +339,7 @@ def test_job_files_in_the_readme_are_job_files(tmp_path: Path) -> None:
     assert shown and all(plan_of(tmp_path, content).jobs for content in shown)
 
 
-def test_the_example_is_three_models_by_two_budgets() -> None:
+def test_the_example_is_every_model_by_two_budgets() -> None:
     """The shipped file is the bundled models, each at 1.5x and 2x."""
     names = {f"{model}-{budget}" for model in zoo.BUNDLED for budget in ("1.5x", "2x")}
     assert {job.name for job in jobs.read(EXAMPLE).jobs} == names

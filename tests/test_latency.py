@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 
 from autofr.errors import BudgetError, MeasurementError
 from autofr.measure import latency
-from autofr.measure.latency import (
-    Costs,
-    measure_costs,
-    median_interval,
-    paired,
-    parse_budget,
-    seconds,
-    synchronize,
-)
+from autofr.measure.costs import Costs, parse_budget
+from autofr.measure.latency import measure_costs, median_interval, paired, seconds, synchronize
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 durations = st.floats(1e-6, 1e3)

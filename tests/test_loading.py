@@ -80,12 +80,27 @@ def test_a_task_turns_the_pipeline(sd: Path, task: Any, kind: type, title: str) 
     assert draw(found.pipe, [0, 1], 2).images.isfinite().all()
 
 
-@pytest.mark.parametrize("task", ["text2img", "img2img", "inpaint"])
+@pytest.mark.parametrize("task", ["text2img", "img2img", "inpaint", "upscale"])
 def test_a_pipeline_without_siblings_is_refused(tmp_path: Path, task: Any) -> None:
     """What diffusers has no such pipeline for is named."""
     tiny_pipe("ldm").save_pretrained(tmp_path / "tiny")
     with pytest.raises(TaskError, match=f"--task {task}: .*LDMPipeline"):
         load(str(tmp_path / "tiny"), threads=1, task=task)
+
+
+@pytest.mark.parametrize("task", [None, "upscale"])
+def test_small_pictures_are_the_upscalers_own(tmp_path: Path, task: Any) -> None:
+    """Super resolution is a pipeline's own task: its folder's pictures are drawn from, in turn."""
+    folder = write("upscaler", tmp_path / "tiny")
+    picture(4).save(folder / "small.png")
+    (folder / "upscale.jsonl").write_text('{"image": "small.png"}\n', encoding="utf-8")
+    found = load(str(folder), threads=1, task=task)
+    assert found.title == "tiny"
+    assert [np.array_equal(row["image"], picture(4)) for row in rows_of(found.pipe)] == [True]
+    assert draw(found.pipe, [0, 1], 2).images.isfinite().all()
+    for other in ("text2img", "img2img"):
+        with pytest.raises(TaskError, match=f"--task {other}: .*LDMSuperResolutionPipeline"):
+            load(str(folder), threads=1, task=other)
 
 
 # -- inputs ---------------------------------------------------------------------------------------

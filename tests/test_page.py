@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +32,8 @@ from autofr.report.svg import Axis
 
 HOSTILE = '<script>alert("x")</script>\' onload=alert(1) </title><img src=x onerror=alert(2)>&amp;'
 STYLE = Path(page.__file__).parent / "templates" / "page.css"
+JOBS = Path(__file__).parents[1] / "examples" / "jobs.toml"
+NETWORKS = {"torch", "diffusers", "transformers", "optuna", "scipy"}
 COLUMNS = [
     "trial",
     "state",
@@ -283,6 +288,48 @@ def test_the_index_links_every_run(tmp_path: Path, run: Path) -> None:
     assert links == ["one%20run/report.html", "two/report.html"]
     assert "cannot be read" in found.text and not (tmp_path / "bad" / "report.html").exists()
     assert all((tmp_path / name / "report.html").is_file() for name in ("one run", "two"))
+
+
+def imported(line: str) -> set[str]:
+    """The modules that a command line has imported when it ends, without a complaint."""
+    code = (
+        "import sys, autofr.cli.app as line\n"
+        "try:\n    line.main()\n"
+        "except SystemExit:\n    print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "models",
+        "tune jobs.toml --status",
+        "show policy.json",
+        "compare policy.json policy.json",
+        "report runs",
+        "report runs/one",
+    ],
+)
+def test_what_only_reads_files_loads_no_networks(
+    line: str, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands that read what others measured import nothing that measures: they start at once.
+
+    Matplotlib is there only where pictures are drawn.
+    """
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, tmp_path / "runs" / "one")
+    make_profile(steps=50).save(tmp_path / "runs" / "one" / "profile.json")
+    make_policy(measured=make_measured()).save(tmp_path / "policy.json")
+    shutil.copy(JOBS, tmp_path / "jobs.toml")
+    names = imported(line)
+    assert names & NETWORKS == set()
+    assert ("matplotlib" in names) == (line == "report runs/one")
 
 
 def test_a_policy_does_not_differ_from_itself() -> None:

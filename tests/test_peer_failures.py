@@ -26,7 +26,8 @@ from autofr import interchange
 from autofr.errors import InterchangeError, ModelError, PolicyError
 from autofr.measure.calibration import Calibration, calibrate, candidate_masks
 from autofr.mix import Constant, HardSigmoid, Mix
-from autofr.policy import Policy, load
+from autofr.policy import Policy
+from autofr.policy_file import load
 from autofr.runtime import sampler
 from autofr.runtime.clock import solver_steps
 from autofr.runtime.families import discover

@@ -26,12 +26,14 @@ from test_search import few_rows, settings, work_clock
 
 from autofr import job, zoo
 from autofr.errors import BudgetError, ModelError, PolicyError, TaskError
+from autofr.inputs import read_inputs
 from autofr.measure.calibration import calibrate, candidate_masks
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.mix import Constant, Mix
 from autofr.plan.correction import correct, trajectory
 from autofr.plan.planner import Rule, plan
-from autofr.policy import Policy, load
+from autofr.policy import Policy
+from autofr.policy_file import load
 from autofr.report import profile_pictures, report
 from autofr.runtime import guidance, sampler
 from autofr.runtime.clock import bare_scheduler, solver_steps
@@ -44,7 +46,7 @@ from autofr.runtime.sampler import Samples
 from autofr.runtime.start import Starts
 from autofr.search import search
 from autofr.search.evaluate import latent_errors, other_solvers, solver
-from autofr.task import Task, as_task, read_inputs
+from autofr.task import Task, as_task
 
 N, SEEDS = 6, (0, 1)
 KEYS = ("key",) * N

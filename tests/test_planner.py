@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autofr.errors import BudgetError
 from autofr.measure.calibration import Calibration
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.mix import MAX_WEIGHT, Constant, HardSigmoid, Linear, Table, mix_row
 from autofr.plan import planner
 from autofr.plan.planner import RIDGE, Rule, choices, plan

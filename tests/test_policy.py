@@ -23,20 +23,8 @@ from autofr.mix import (
     Table,
     mix_row,
 )
-from autofr.policy import (
-    Fid,
-    Interval,
-    Measured,
-    Model,
-    Policy,
-    Provenance,
-    Sampler,
-    TextAlignment,
-    load,
-    loads,
-    schema,
-    schema_text,
-)
+from autofr.policy import Fid, Interval, Measured, Model, Policy, Provenance, Sampler, TextAlignment
+from autofr.policy_file import load, loads, schema, schema_text
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 

@@ -11,8 +11,9 @@ import torch
 from conftest import ddim, make_pipe
 
 from autofr.errors import MeasurementError, ModelError
-from autofr.measure.latency import Costs
-from autofr.measure.profiling import Profile, costs_of, profile
+from autofr.measure.costs import Costs
+from autofr.measure.profile_file import Profile
+from autofr.measure.profiling import costs_of, profile
 from autofr.measure.similarity import measure_similarity
 from autofr.runtime.families import discover
 from autofr.runtime.points import SCORE, fingerprint

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autofr import apply, hub, reading, zoo
-from autofr.errors import HubError, ModelError, PolicyError, TaskError
+from autofr.errors import HubError, ModelError, PolicyError, TaskError, redacted
+from autofr.inputs import MOST_PIXELS, read_inputs
 from autofr.measure.quality import load_features
-from autofr.policy import Provenance, loads
-from autofr.task import MOST_PIXELS, read_inputs
+from autofr.policy import Provenance
+from autofr.policy_file import loads
 from autofr.zoo import loop
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -270,8 +271,11 @@ def test_no_message_of_the_hub_has_a_token(
 
 def test_errors_of_others_are_told_without_secrets() -> None:
     """Where a library quotes a header or an address, the secret in it is cut out."""
-    text = "Illegal header value b'Bearer hf_abc' for https://me:secret@host/x?y=hf_abc"
-    assert hub._unsigned(text) == "Illegal header value b'Bearer ' for https://host/x?y="
+    token = f"hf_{'aB3' * 12}"
+    text = f"Illegal header value b'Bearer {token}' for https://me:secret@host/x?y={token}"
+    assert redacted(text) == "Illegal header value b'Bearer ***' for https://***@host/x?y=hf_***"
+    assert redacted(f"https://{token}@host/x") == "https://***@host/x"
+    assert redacted("autofr search --model hf_models/sd") == "autofr search --model hf_models/sd"
 
 
 def test_nothing_is_unpickled_and_toml_has_one_reader() -> None:

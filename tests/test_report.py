@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from autofr.errors import RunFolderError
-from autofr.measure.profiling import PointProfile, Profile, Similarity
+from autofr.measure.profile_file import PointProfile, Profile, Similarity
 from autofr.mix import JUMP, KEY, Constant, Sigmoid, Table
 from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler, TextAlignment
 from autofr.report import (
@@ -23,6 +23,7 @@ from autofr.report import (
     pictures,
     policy_chart,
     profile_charts,
+    profile_pictures,
     report,
     result_charts,
     svg,
@@ -390,7 +391,7 @@ def test_a_search_without_fid_images_and_profile_is_reported(tmp_path: Path, bud
 @pytest.mark.parametrize("steps", [1, 5, 250])
 def test_policy_strip_of_any_length(tmp_path: Path, steps: int, mix: str) -> None:
     """Short and long policies with any mix give a picture of the same width."""
-    report.policy_strip(make_policy(steps, mix), tmp_path / "policy.png")
+    pictures.policy_strip(make_policy(steps, mix), tmp_path / "policy.png")
     assert size(tmp_path / "policy.png")[0] == 1950
 
 
@@ -471,7 +472,7 @@ def test_profile_shorter_than_its_gaps(tmp_path: Path) -> None:
     """Gaps that no step reaches are left out, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        paths = report.profile_pictures(make_profile(steps=4), tmp_path)
+        paths = profile_pictures.profile_pictures(make_profile(steps=4), tmp_path)
     assert [path.name for path in paths] == list(report.PROFILE)
 
 
@@ -479,7 +480,7 @@ def test_pictures_leave_the_settings_of_matplotlib_alone(tmp_path: Path) -> None
     """Drawing neither keeps nor follows global settings."""
     with matplotlib.rc_context({"axes.facecolor": "black", "savefig.dpi": 30}):
         before = dict(matplotlib.rcParams)
-        report.policy_strip(make_policy(5), tmp_path / "policy.png")
+        pictures.policy_strip(make_policy(5), tmp_path / "policy.png")
         assert dict(matplotlib.rcParams) == before
     assert size(tmp_path / "policy.png")[0] == 1950
 

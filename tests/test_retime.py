@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from autofr.cli.policies import app
 from autofr.errors import PolicyError, UserError
 from autofr.mix import Sigmoid, Table
-from autofr.policy import Policy, load, loads
+from autofr.policy import Policy
+from autofr.policy_file import load, loads
 
 laws = settings(deadline=None, max_examples=200, derandomize=True, database=None)
 MASKS = {"m": ("a#conv",), "n": ("b#attn", "a#conv")}

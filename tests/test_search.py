@@ -24,10 +24,11 @@ from conftest import ddim, tiny_vae
 
 from autofr.errors import BudgetError, MeasurementError, ModelError, RunFolderError
 from autofr.measure import calibration, latency, profiling
-from autofr.measure.latency import parse_budget
+from autofr.measure.costs import parse_budget
 from autofr.mix import Constant
 from autofr.plan import baselines, correction
-from autofr.policy import Interval, Policy, load
+from autofr.policy import Interval, Policy
+from autofr.policy_file import load
 from autofr.runtime import guidance
 from autofr.runtime.sampler import compose, reuse
 from autofr.search import choose, evaluate, search, trials, verify

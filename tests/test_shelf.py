@@ -12,7 +12,7 @@ from test_decode import calibration
 from test_report import make_profile
 from test_search import SPACE, settings, tiny_pipe
 
-from autofr.measure.latency import parse_budget
+from autofr.measure.costs import parse_budget
 from autofr.policy import Keep
 from autofr.search.folder import STATE, spec_of
 from autofr.search.shelf import shared

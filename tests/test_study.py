@@ -13,7 +13,7 @@ import pytest
 from test_search import SPACE, settings, tiny_pipe
 
 from autofr.errors import RunFolderError
-from autofr.measure.latency import parse_budget
+from autofr.measure.costs import parse_budget
 from autofr.search.folder import PURPOSES, STATE, Spec, run_folder, spec_of
 from autofr.search.ledger import RETRIES, Ledger
 from autofr.search.trial import Outcome

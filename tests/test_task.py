@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from folders import dit
+from folders import dit, picture, upscaler
 from PIL import Image
 
 from autofr.errors import PolicyError, TaskError
+from autofr.inputs import parse_call
 from autofr.runtime.sampler import draw
-from autofr.task import Task, as_task, parse_call
+from autofr.task import Task, as_task, with_starts
 
 
 class PromptPipeline:
@@ -105,6 +106,62 @@ def test_what_a_pipe_starts_from_is_asked_for() -> None:
     with pytest.raises(TaskError, match=r"starts from a video.*autofr.Task\(pipe") as error:
         as_task(SketchVideoToVideoPipeline())
     assert ".png" not in str(error.value)
+
+
+# -- super resolution -----------------------------------------------------------------------------
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def test_a_small_picture_is_given_as_the_pipeline_itself_would() -> None:
+    """For sides that it leaves alone: the pipeline on the picture draws what the task draws."""
+    pipe, rows = upscaler(), [{"image": picture(seed).resize((32, 32))} for seed in range(2)]
+    found = as_task(pipe, rows)(batch_size=2, num_inference_steps=2, generator=generators(2))
+    for image, row, generator in zip(found.images, rows, generators(2), strict=True):
+        alone = pipe(row["image"], 1, 2, generator=generator, output_type="np").images[0]
+        assert image.shape == (64, 64, 3) and np.allclose(image, alone, atol=1e-5)
+
+
+def test_small_pictures_are_one_for_each_sample() -> None:
+    """A batch takes one picture a seed, of a size that the pipeline alone shrinks to nothing."""
+    task = as_task(upscaler(), [{"image": picture(seed)} for seed in range(2)])
+    both = task(batch_size=3, num_inference_steps=2, generator=generators(3)).images
+    tensors = [{"image": torch.from_numpy(np.array(picture(seed))) / 127.5 - 1} for seed in (0, 1)]
+    tensors = [{"image": row["image"].permute(2, 0, 1)} for row in tensors]
+    same = as_task(task._pipe, tensors)(3, 2, generators(3)).images
+    assert both.shape == (3, 32, 32, 3) and np.array_equal(both, same)
+    shared = as_task(task._pipe, None, {"image": picture(1)})(3, 2, generators(3)).images
+    assert np.array_equal(shared[1], both[1]) and not np.array_equal(shared[0], both[0])
+
+
+def test_images_stand_beside_what_they_start_from() -> None:
+    """The picture comes first, every pixel as many times as needed; noise alone stays alone."""
+    images = torch.rand(3, 3, 32, 32)
+    found = with_starts(Task(upscaler(), [{"image": picture(0)}]), [0, 1, 2], images)
+    assert torch.equal(found[1::2], images)
+    start = torch.from_numpy(np.array(picture(0)) / 255).permute(2, 0, 1).float()
+    wanted = start.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    torch.testing.assert_close(found[0::2], wanted.expand(3, 3, 32, 32))
+    for pipe in (NoisePipeline(), Task(PromptPipeline(), ROWS)):
+        assert with_starts(pipe, [0, 1, 2], images) is images
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ([picture(0), picture(0).resize((32, 16))], "16x16, 32x16 pixels: expected one size"),
+        ([picture(0).resize((17, 16))], "17x16 pixels: .* sides multiples of 2; resize"),
+        ([3], "image: expected a picture, received 3"),
+        ([], 'starts from image: .*"image": "cat.png"'),
+    ],
+    ids=["sizes", "odd", "number", "none"],
+)
+def test_pictures_that_cannot_be_made_larger_are_refused(images: list[Any], said: str) -> None:
+    """What the U-Net cannot take, or not in one call, is said before any call."""
+    with pytest.raises(TaskError, match=said):
+        as_task(upscaler(), [{"image": image} for image in images])
 
 
 # -- arguments ------------------------------------------------------------------------------------

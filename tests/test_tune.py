@@ -21,7 +21,7 @@ from test_cli import autofr, make_policy, refused
 from test_search import few_rows, settings, tiny_pipe, work_clock
 
 from autofr.errors import JobsError
-from autofr.policy import load
+from autofr.policy_file import load
 from autofr.search import folder as folders
 from autofr.search import search
 from autofr.tune import child, jobs, tune

@@ -13,7 +13,8 @@ from test_search import STEPS, settings, tiny_pipe, work_clock
 
 from autofr.errors import BudgetError, MeasurementError
 from autofr.measure.alignment import NOBODY, Judge, load_judge, save_alignment
-from autofr.measure.latency import Paired, parse_budget
+from autofr.measure.costs import parse_budget
+from autofr.measure.latency import Paired
 from autofr.measure.quality import Encoder, Features, Reference, save_features
 from autofr.mix import Constant, Table
 from autofr.policy import Interval, Policy

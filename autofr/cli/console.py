@@ -17,7 +17,7 @@ from autofr.policy import Fid, Interval, Measured, Policy, TextAlignment
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autofr.measure.profiling import Profile
+    from autofr.measure.profile_file import Profile
 
 LETTERS = (string.ascii_letters + string.digits).replace("K", "")  # K is a keyframe
 Report = Callable[[str, int, int], None]

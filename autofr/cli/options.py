@@ -30,7 +30,7 @@ TimeLimit = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="folder of the run; default results/MODEL-BUDGET")]
 Task = Annotated[
-    Literal["text2img", "img2img", "inpaint"] | None,
+    Literal["text2img", "img2img", "inpaint", "upscale"] | None,
     typer.Option(help="the pipeline for this task, over the model's components; default its own"),
 ]
 Inputs = Annotated[
@@ -69,3 +69,8 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be done, and about how long")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print machine-readable JSON")]
+
+
+def seeds(seed: int, count: int) -> range:
+    """The first seeds that a `--seed` stands for."""
+    return range(seed * 1_000_000, seed * 1_000_000 + count)

@@ -1,4 +1,4 @@
-"""Commands on what was found: the report of a run or of many, two policies compared."""
+"""Commands on what was found: a policy in words, the report of a run or of many, a comparison."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autofr import hub
-from autofr.cli import places
+from autofr.cli import console, places
+from autofr.cli.options import Json
 from autofr.errors import RunFolderError
 
 if TYPE_CHECKING:
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Policy = Annotated[Path, typer.Argument(help="policy file, or hub:owner/name@revision")]
+
+
+@app.command()
+def show(policy: Policy, as_json: Json = False) -> None:
+    """Say in words what a policy does and what was measured.
+
+    Example: `autofr show results/ldm4-1.5x/policy.json`
+    """
+    found = hub.read(policy)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    typer.echo("\n".join(console.words(found)))
 
 
 @app.command()
@@ -33,12 +47,11 @@ def report(
     if runs:
         _index(folder, [path.parent for path in runs])
         return
-    from autofr import job
     from autofr.report import page
     from autofr.report import report as reporting
 
     result = reporting.load_result(folder)
-    profile = job.load_profile(folder)
+    profile = reporting.load_profile(folder)
     paths = reporting.write(result, folder, profile, None, None)
     paths.append(page.write(result, folder, profile))
     typer.echo(reporting.headline(result))
@@ -47,7 +60,6 @@ def report(
 
 def _index(folder: Path, runs: list[Path]) -> None:
     """Write the page of every run, and the index over them; what cannot be read is named there."""
-    from autofr import job
     from autofr.report import page
     from autofr.report import report as reporting
 
@@ -55,7 +67,7 @@ def _index(folder: Path, runs: list[Path]) -> None:
     for run in runs:
         try:
             result = reporting.load_result(run)
-            page.write(result, run, job.load_profile(run))
+            page.write(result, run, reporting.load_profile(run))
             found[run.name] = result
             typer.echo(f"{run.name}: {reporting.headline(result)}")
         except RunFolderError as error:

@@ -17,7 +17,7 @@ from autofr.cli import console
 from autofr.cli.options import Inputs, Storage, Study, Threads
 from autofr.errors import StorageError
 from autofr.request import remade
-from autofr.search.address import ENVIRONMENT, checked
+from autofr.search.address import ENVIRONMENT, check_name, checked
 
 app = typer.Typer()
 
@@ -58,6 +58,7 @@ def worker(
     if not storage:
         raise StorageError("--storage: give the database of the search, also as $AUTOFR_STORAGE")
     checked(storage)
+    check_name(study)
     given = {"model": model, "inputs": inputs, "device": device, "dtype": dtype}
     changes = {name: value for name, value in given.items() if value is not None}
     if slurm:

@@ -20,7 +20,7 @@ import torch
 
 from autofr import files, reading
 from autofr.errors import MeasurementError, damaged
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.runtime import guidance
 from autofr.runtime.clock import bare_scheduler
 from autofr.runtime.families import discover

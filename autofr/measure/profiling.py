@@ -7,19 +7,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from autofr import files, reading
-from autofr.errors import damaged
-from autofr.measure.latency import Costs, measure_costs, synchronize
-from autofr.measure.similarity import OnProgress, Similarity, measure_similarity
-from autofr.memory import Memory
+from autofr.measure.costs import Costs
+from autofr.measure.latency import measure_costs, synchronize
+from autofr.measure.profile_file import PointProfile, Profile
+from autofr.measure.similarity import OnProgress, measure_similarity
 from autofr.mix import JUMP, KEY
-from autofr.policy import AS_IS, Keep
 from autofr.runtime.families import discover
 from autofr.runtime.held import forms
 from autofr.runtime.patch import HOLD, Patch
@@ -37,72 +33,6 @@ from autofr.runtime.recording import record
 from autofr.runtime.sampler import draw
 from autofr.runtime.start import Starts
 from autofr.runtime.store import COMPUTE
-
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PointProfile(_Value):
-    """One point: bytes kept (by all guidance branches at this batch), seconds of its module and of
-    the part that reuse skips, per call of the denoiser.
-    """
-
-    name: str
-    kind: str
-    bytes: int
-    whole_seconds: float
-    skippable_seconds: float
-
-
-class Profile(_Value):
-    """What was measured of a pipe on a device; `autofr_profile` is the format's version."""
-
-    autofr_profile: Literal[1] = 1
-    denoiser: str
-    fingerprint: str
-    scheduler: str
-    steps: int
-    batch: int
-    device: str
-    dtype: str
-    threads: int
-    versions: dict[str, str]
-    key_seconds: float
-    jump_seconds: float
-    fixed_seconds: float
-    mask_seconds: dict[str, float]
-    masks: dict[str, tuple[str, ...]]
-    mask_bytes: dict[str, int]
-    points: list[PointProfile]
-    score_bytes: int = 0
-    similarity: dict[str, Similarity]
-
-    @property
-    def first(self) -> int:
-        """The step at which its calls began: later than 0 where they start from a picture.
-
-        The step after it is the first that there was one to compare with.
-        """
-        change = next(iter(self.similarity.values())).relative_l1[0] if self.similarity else []
-        return next((step - 1 for step, value in enumerate(change) if value is not None), 0)
-
-    @property
-    def costs(self) -> Costs:
-        """Seconds of the parts of a call."""
-        return Costs(self.key_seconds, self.jump_seconds, self.fixed_seconds, self.mask_seconds)
-
-    def memory(self, keep: Keep = AS_IS, limit: int | None = None) -> Memory:
-        """What policies would keep, if stored so."""
-        if self.device.startswith("cpu"):  # there the host is the device
-            keep = keep.model_copy(update={"host": False})
-        points = {point.name: point.bytes for point in self.points}
-        width = getattr(torch, self.dtype).itemsize
-        return Memory(points, self.score_bytes, width, keep, limit)
-
-    def save(self, path: Path) -> None:
-        """Write the JSON file, atomically."""
-        files.write(path, self.model_dump_json() + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -190,17 +120,6 @@ def _widened(pipe: Pipe) -> float:
     """How much wider scores are held than they come: as float32 where they are held as noise."""
     width = find_denoiser(pipe).dtype.itemsize
     return max(1.0, 4 / width) if forms(pipe.scheduler) else 1.0
-
-
-def load(path: Path) -> Profile:
-    """Read what `Profile.save` wrote.
-
-    Raises: RunFolderError when the file is damaged or of another version.
-    """
-    try:
-        return Profile.model_validate_json(reading.content(path, reading.OWN))
-    except (OSError, ValidationError):
-        raise damaged(path) from None
 
 
 # -- latency --------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from autofr.errors import MeasurementError
+from autofr.measure.profile_file import Similarity
 from autofr.runtime.guidance import changing
 from autofr.runtime.patch import Patch
 from autofr.runtime.points import SCORE, Pipe, Point
@@ -18,19 +18,6 @@ from autofr.runtime.sampler import draw
 from autofr.runtime.store import tensors_in
 
 OnProgress = Callable[[int, int], None]
-
-
-class Similarity(BaseModel):
-    """Similarity of a point's tensor at a step to the one `gap` steps before, mean over samples.
-
-    `cosine[gap - 1][step]` and `relative_l1[gap - 1][step]` (sum |a - b| / sum |b|, as in the
-    paper's figure); None where step < gap.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cosine: list[list[float | None]]
-    relative_l1: list[list[float | None]]
 
 
 class _Comparison:

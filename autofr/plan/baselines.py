@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.mix import KEY, Constant, HardSigmoid, Mix, executed, mix_row
 
 PLAIN = Constant(value=1.0)

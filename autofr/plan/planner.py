@@ -15,7 +15,7 @@ import numpy as np
 
 from autofr.errors import BudgetError
 from autofr.measure.calibration import Calibration
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.mix import JUMP, KEY, Family, Mix, Table
 
 RIDGE = 1e-5

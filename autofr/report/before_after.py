@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from autofr.errors import RunFolderError, damaged
 from autofr.report.html import data_url
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BEFORE, AFTER = "before.png", "after.png"
 WIDTH = "width"  # the note in a strip's file that says how wide an image is

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from autofr import files
 from autofr.errors import RunFolderError
-from autofr.measure.profiling import Profile
+from autofr.measure.profile_file import Profile
 from autofr.memory import size
 from autofr.policy import Measured
 from autofr.report import before_after, front, policy_chart, profile_charts, result_charts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +15,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from torch import Tensor
 
 from autofr.mix import JUMP, KEY, Table
 from autofr.policy import Policy
@@ -26,6 +25,9 @@ from autofr.report.policy_chart import OFF, SCORES, does, kinds, weights
 from autofr.report.svg import Axis
 from autofr.report.wording import count, times
 from autofr.search.result import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHOWN = 10  # seeds in samples.png
 

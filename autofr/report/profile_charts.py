@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from PIL import Image
 
-from autofr.measure.profiling import Profile
+from autofr.measure.profile_file import Profile
 from autofr.memory import size
 from autofr.mix import JUMP, KEY
 from autofr.policy import Policy

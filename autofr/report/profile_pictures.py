@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
-from autofr.measure.profiling import Profile
+from autofr.measure.profile_file import Profile
 from autofr.memory import size
 from autofr.mix import KEY
 from autofr.report.canvas import colours, label, picture

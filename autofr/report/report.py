@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from autofr import files, reading
 from autofr.errors import RunFolderError
-from autofr.measure.profiling import Profile
+from autofr.measure import profile_file
+from autofr.measure.profile_file import Profile
 from autofr.memory import size
 from autofr.policy import Interval, Measured
 from autofr.report.front import LOOKS
-from autofr.report.pictures import SHOWN, grid, pareto, policy_strip, samples
-from autofr.report.profile_pictures import profile_pictures
 from autofr.report.wording import count, duration, exact, percent, speedup_of, times, wanted_speedup
 from autofr.search.result import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def headline(result: Result) -> str:
@@ -227,20 +228,23 @@ def write(
 
     Raises: RunFolderError when the folder cannot be written.
     """
+    from autofr.report import pictures  # matplotlib, which a page does without
+    from autofr.report.profile_pictures import profile_pictures
+
     result = told(result, profile)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("result.json", "pareto.png", "policy.png")]
         files.write(paths[0], result.model_dump_json(indent=1) + "\n")
-        pareto(result, paths[1])
-        policy_strip(result.policy, paths[2])
+        pictures.pareto(result, paths[1])
+        pictures.policy_strip(result.policy, paths[2])
         if teacher_images is not None and policy_images is not None:
             title = f"{result.model}: the same seeds without and with the policy"
             paths.append(folder / "samples.png")
-            samples(teacher_images, policy_images, paths[-1], title)
-            if len(policy_images) > SHOWN:
+            pictures.samples(teacher_images, policy_images, paths[-1], title)
+            if len(policy_images) > pictures.SHOWN:
                 paths.append(folder / "grid.png")
-                grid(policy_images, paths[-1])
+                pictures.grid(policy_images, paths[-1])
         if profile is not None:
             paths += profile_pictures(profile, folder)
         markdown(result, folder)
@@ -281,3 +285,12 @@ def load_result(folder: Path) -> Result:
             f"{path}: not a valid result ({place}{first['msg']}); run the search's command again,"
             " which resumes it and writes the file anew"
         ) from None
+
+
+def load_profile(folder: Path) -> Profile | None:
+    """Read the profile of a folder; None where there is none.
+
+    Raises: RunFolderError when it is damaged.
+    """
+    path = folder / profile_file.FILE
+    return profile_file.load(path) if path.is_file() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autofr.errors import BudgetError
-from autofr.measure.latency import parse_budget
+from autofr.measure.costs import parse_budget
 from autofr.policy import Interval
 from autofr.search.result import Result, Row
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from autofr.errors import PolicyError
+from autofr.runtime import bar
 from autofr.runtime.clock import Clock, Listener, solver_steps
 from autofr.runtime.held import Form, forms
 from autofr.runtime.hooks import Hook, Leaf, StatefulHook, restore
@@ -251,7 +252,7 @@ class Patch(Listener):
             self._register(denoiser, "", root)
         if self.clock is not None:
             self.clock.install()
-            self._bar = _watch_bar(self.pipe, self.clock)
+            self._bar = bar.watch(self.pipe, self.clock.stop)
         return self
 
     def remove(self) -> None:
@@ -259,7 +260,7 @@ class Patch(Listener):
         if self.clock is not None:
             self.clock.remove()
             if self._bar:
-                delattr(self.pipe, BAR)
+                bar.unwatch(self.pipe)
         for _, module, _, hook in reversed(self._hooks):
             hook.take_off(module)
         self._hooks.clear()
@@ -376,37 +377,3 @@ def uses_graphs(pipe: Any) -> bool:
         if config and config.get("triton.cudagraphs"):
             return True
     return False
-
-
-BAR = "progress_bar"
-
-
-class _Bar:
-    """A pipeline's progress bar that ends the run with the loop, also when the loop raises."""
-
-    def __init__(self, bar: Any, stop: Callable[[], None]) -> None:
-        self._bar, self._stop = bar, stop
-
-    def __enter__(self) -> Any:
-        return self._bar.__enter__()
-
-    def __exit__(self, *error: Any) -> Any:
-        self._stop()
-        return self._bar.__exit__(*error)
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self._bar
-        finally:
-            self._stop()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._bar, name)
-
-
-def _watch_bar(pipe: Any, clock: Clock) -> bool:
-    """End the run where the pipe's sampling loop ends, however it ends; False without a bar."""
-    original = getattr(pipe, BAR, None)
-    if original is not None:
-        setattr(pipe, BAR, lambda *args, **kwargs: _Bar(original(*args, **kwargs), clock.stop))
-    return original is not None

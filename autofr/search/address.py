@@ -1,31 +1,13 @@
-"""Addresses of databases: which can hold a shared study; telling them without passwords."""
+"""Addresses of databases, and names of studies: which can hold a shared one."""
 
 from __future__ import annotations
 
 import re
 
-from autofr.errors import StorageError
+from autofr.errors import StorageError, redacted
 
 ENVIRONMENT = "AUTOFR_STORAGE"
-_SECRETS = (
-    (re.compile(r"(://[^\s:/@]*:)(\S*)@"), r"\1***@"),
-    (re.compile(r"(password=)([^\s&'\"]+)", re.IGNORECASE), r"\1***"),
-)
-
-
-def redacted(text: str, address: str = "") -> str:
-    """A text, with the passwords of all addresses in it left out.
-
-    Of the password in `address` nothing that the text quotes is left: a driver that cannot read an
-    address quotes the part that it stumbled over.
-    """
-    secrets = [found[2] for pattern, _ in _SECRETS for found in pattern.finditer(address)]
-    for quoted in [*secrets, *re.findall(r'"([^"]+)"', text)]:
-        if any(quoted in secret for secret in secrets):
-            text = text.replace(f'"{quoted}"', '"***"')
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
+LONGEST = 512  # characters of a study's name, as many as Optuna's table has room for
 
 
 def checked(address: str) -> str:
@@ -49,3 +31,15 @@ def checked(address: str) -> str:
         f"--storage {said}: expected the address of a PostgreSQL database, such as"
         " postgresql://USER@HOST/DATABASE (the password may stand in ~/.pgpass or PGPASSWORD)"
     )
+
+
+def check_name(study: str | None) -> None:
+    """Refuse the name of a study that a database cannot hold.
+
+    Raises: StorageError.
+    """
+    if study and (len(study) > LONGEST or not study.isprintable()):
+        raise StorageError(
+            f"--study: expected a name of at most {LONGEST} printable characters, got"
+            f" {len(study)}: {study[:40]!r}"
+        )

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autofr.measure.latency import Costs
-from autofr.measure.profiling import Profile
+from autofr.measure.costs import Costs
+from autofr.measure.profile_file import Profile
 from autofr.policy import Policy
 from autofr.runtime.points import Pipe, name_of
 from autofr.search.evaluate import Candidate, Evaluator, Score, fine_steps

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from autofr.errors import BudgetError, SpaceError
 from autofr.measure.calibration import Calibration
-from autofr.measure.latency import Costs
+from autofr.measure.costs import Costs
 from autofr.memory import Memory
 from autofr.mix import JUMP, KEY, Constant, Cosine, Family, HardSigmoid, Linear, Sigmoid, Step
 from autofr.plan import baselines

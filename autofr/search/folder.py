@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autofr import files, reading
 from autofr.errors import RunFolderError
-from autofr.measure.latency import Budget
+from autofr.measure.costs import Budget
 from autofr.policy import AS_IS, Keep
 from autofr.runtime.families import discover
 from autofr.runtime.points import (

@@ -15,8 +15,9 @@ from typing import Any
 from autofr.errors import AutofrError, BudgetError, MeasurementError
 from autofr.measure.alignment import NOBODY, Judge
 from autofr.measure.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
-from autofr.measure.profiling import Profile, profile
-from autofr.measure.profiling import load as load_profile
+from autofr.measure.profile_file import Profile
+from autofr.measure.profile_file import load as load_profile
+from autofr.measure.profiling import profile
 from autofr.memory import size
 from autofr.plan import baselines
 from autofr.plan.baselines import Draft

@@ -14,7 +14,7 @@ from torch import nn
 
 from autofr import files, reading
 from autofr.errors import RunFolderError
-from autofr.measure import profiling
+from autofr.measure import profile_file, profiling
 from autofr.measure.calibration import Calibration
 from autofr.runtime.points import Pipe
 from autofr.search.folder import STATE, Settings, Spec
@@ -77,7 +77,7 @@ def _whole(place: Path, ground: dict[str, Any]) -> bool:
     """Whether a place on the shelf can be trusted: it says the same ground, and can be read."""
     try:
         there = reading.parsed(reading.content(place / "ground.json", reading.OWN).decode())
-        profiling.load(place / "profile.json")
+        profile_file.load(place / "profile.json")
         for path in place.glob("*/calibration-*.npz"):
             Calibration.load(path)
     except (OSError, ValueError, RunFolderError):

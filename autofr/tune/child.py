@@ -95,7 +95,7 @@ def _estimate(order: dict[str, Any], tell: Tell) -> None:
     """Say how many seconds each of some searches will take, all of the same pipe."""
     prepared = _prepare(next(iter(order["requests"].values())))
     from autofr import job
-    from autofr.measure.latency import parse_budget
+    from autofr.measure.costs import parse_budget
 
     call = job.call_seconds(prepared.pipe, prepared.settings)
     for name, fields in order["requests"].items():

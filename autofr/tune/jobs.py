@@ -349,11 +349,11 @@ def _missing(plan: Plan, root: Path) -> list[str]:
 
 def _checks(request: Request, root: Path) -> Mapping[object, Callable[[], object]]:
     """What can be looked at without weights, by what the outcome depends on."""
+    from autofr.inputs import parse_call, read_inputs
     from autofr.loading import check
-    from autofr.measure.latency import parse_budget
+    from autofr.measure.costs import parse_budget
     from autofr.memory import parse_size
     from autofr.search.space import load_space
-    from autofr.task import parse_call, read_inputs
 
     model = (request.model, request.device, request.dtype)
     checks: dict[object, Callable[[], object]] = {

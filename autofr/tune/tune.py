@@ -20,8 +20,9 @@ from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from autofr import files, policy, reading
+from autofr import files, policy_file, reading
 from autofr.errors import AutofrError, JobsError
+from autofr.policy import Interval
 from autofr.tune.jobs import Job, Plan
 
 Name = Literal["waiting", "running", "finished", "short", "failed", "stopped"]
@@ -60,7 +61,7 @@ class Line(BaseModel):
     seconds: float = 0.0
     stage: str = ""
     reason: str = ""
-    speedup: policy.Interval | None = None
+    speedup: Interval | None = None
     error: float | None = None
     samples: int | None = None
 
@@ -96,7 +97,7 @@ def _line(plan: Plan, job: Job, at_work: bool) -> Line:
 def _numbers(folder: Path) -> dict[str, Any]:
     """What was measured of the policy in a folder; without it, the job is not finished."""
     try:
-        measured = policy.load(folder / "policy.json").measured
+        measured = policy_file.load(folder / "policy.json").measured
     except AutofrError as lost:
         return {"state": "stopped", "reason": f"its policy is gone ({lost})"}
     if measured is None:
