@@ -28,6 +28,7 @@ import torch
 from faults import BEAT, Autofr, Way, World, save_model, search_words, under, wait
 from optuna.study import StudyDirection
 from postgres import Postgres, public_folder, running
+from sqlalchemy.event import listen
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from test_cli import Ran, make_policy, ran
@@ -312,6 +313,26 @@ def test_a_process_that_is_paused_within_a_transaction(
         with pytest.raises(psycopg.Error) as found:
             paused.execute("SELECT 1")
         assert database._away(found.value)
+
+
+@pytest.mark.parametrize("statement", range(1, 8))
+def test_a_connection_lost_at_any_statement(postgres: Postgres, statement: int) -> None:
+    """Whatever was being asked of the database is asked again, over a new connection."""
+    seen: list[str] = []
+
+    def lose(connection: object, cursor: object, words: str, *_: object) -> None:
+        seen.append(words)
+        if len(seen) == statement:
+            postgres.query(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname IS NOT NULL AND pid <> pg_backend_pid()"
+            )
+
+    with driver(postgres) as book:
+        propose(book)
+        storage = open_storage(postgres.url, BEAT)
+        listen(storage.engine, "before_cursor_execute", lose)
+        assert len(Queue("one", storage).get_trials()) == 1 and len(seen) > statement
 
 
 def test_packets_that_are_lost(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:

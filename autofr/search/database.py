@@ -78,8 +78,15 @@ def _refusal(address: str, error: BaseException) -> StorageError:
 
 
 def _said(error: BaseException) -> BaseException:
-    """What the driver said, where Optuna and SQLAlchemy pass it on."""
-    return getattr(error.__cause__, "orig", error)
+    """What the driver said, where Optuna and SQLAlchemy pass it on.
+
+    Where it said so of a list of trials, Optuna asks again at once, and SQLAlchemy refuses that.
+    """
+    passed = error.__cause__
+    for one in (passed, getattr(passed, "__context__", None)):
+        if said := getattr(one, "orig", None):
+            return said
+    return error
 
 
 # -- Optuna's storage -----------------------------------------------------------------------------

@@ -106,6 +106,7 @@ class SharedLedger(Ledger):
         return bool(guesses) or self.proposed() < trials
 
     def proposed(self) -> int:
+        """As on SQLite; what waits for its twin is known to the proposer alone."""
         begun = self._proposer.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         unqueued = {trial.number for trial in begun} - {*self._open.values()}
         return super().proposed() + len(unqueued)
@@ -154,8 +155,9 @@ class SharedLedger(Ledger):
         """Whether the queue is shorter than what workers may take until the next look."""
         if self._dry and not twins:  # workers may have had nothing to do meanwhile
             self._depth *= 2
-        self._depth, self._dry = max(self._depth, 2 * len(self._trials(TrialState.RUNNING))), False
-        return self.waiting() + twins < self._depth
+        states = [one.state for one in self._trials(TrialState.WAITING, TrialState.RUNNING)]
+        self._depth, self._dry = max(self._depth, 2 * states.count(TrialState.RUNNING)), False
+        return states.count(TrialState.WAITING) + twins < self._depth
 
     def watch(self) -> bool:
         """Close trials whose process is gone and queue them again; whether some are not over.
