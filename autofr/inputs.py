@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,8 @@ def _picture(place: Path) -> Image:
     import PIL.Image
 
     packed = reading.content(place, MOST_PICTURE_BYTES)
-    found = PIL.Image.open(io.BytesIO(packed), formats=PICTURES)
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of what is refused below
+        found = PIL.Image.open(io.BytesIO(packed), formats=PICTURES)
     if math.prod(found.size) > MOST_PIXELS:
         raise OSError(f"{found.width} x {found.height} pixels; {MOST_PIXELS} are the most")
     return found

@@ -22,7 +22,12 @@ SIBLINGS: dict[str, str] = {
     "inpaint": "AutoPipelineForInpainting",
 }
 """Tasks, and what diffusers makes their pipelines with."""
-TASKS = {"Inpaint": "inpaint", "Img2Img": "img2img", "SuperResolution": "upscale"}
+TASKS = {
+    "Inpaint": "inpaint",
+    "Img2Img": "img2img",
+    "SuperResolution": "upscale",
+    "Upscale": "upscale",
+}
 """Parts of pipelines' names, and the tasks that they say; others draw from texts or nothing."""
 
 
@@ -100,6 +105,7 @@ def sibling(pipe: Pipe, task: str) -> Pipe:
 
     if task == task_of(pipe) and task not in SIBLINGS:
         return pipe
+    zoo.quieten_transformers()  # diffusers loads its other pipelines to find one
     try:
         found = getattr(diffusers, SIBLINGS[task]).from_pipe(pipe)
     except (KeyError, ValueError, TypeError) as error:

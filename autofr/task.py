@@ -156,7 +156,9 @@ def plain(pipe: Pipe) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    """Hash of an image (or of what prints as itself)."""
+    """Hash of an image or a tensor (or of what prints as itself)."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float().cpu().numpy()
     content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
     return hashlib.sha256(content).hexdigest()[:12]
 
@@ -235,14 +237,24 @@ def _check_starts(pipe: Pipe, known: Mapping[str, Any], given: Container[str]) -
 
 
 def with_starts(pipe: Pipe, seeds: Sequence[int], images: torch.Tensor) -> torch.Tensor:
-    """Images (n, 3, h, w) in [0, 1] of seeds, each after the picture it starts from, if any."""
+    """Images (n, 3, h, w) in [0, 1] of seeds, each after the picture it starts from, if any.
+
+    The picture is as large as fits, with white below it or beside it: of a video, whose frames
+    stand below one another, it is beside the first.
+    """
     rows = [pipe.row(seed) for seed in seeds] if isinstance(pipe, Task) else [{}]
     if any("image" not in row for row in rows):
         return images
-    starts = [
-        F.interpolate(_tensor(row["image"])[None] / 2 + 0.5, images.shape[-2:]) for row in rows
-    ]
-    return torch.stack([torch.cat(starts), images.float().cpu()], 1).flatten(0, 1)
+    starts = [_fitted(_tensor(row["image"]) / 2 + 0.5, *images.shape[-2:]) for row in rows]
+    return torch.stack([torch.stack(starts), images.float().cpu()], 1).flatten(0, 1)
+
+
+def _fitted(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A picture (3, h, w) in [0, 1] as large as fits into (3, height, width), the rest white."""
+    scale = min(height / picture.shape[1], width / picture.shape[2])
+    high, wide = (max(1, round(side * scale)) for side in picture.shape[1:])
+    found = F.interpolate(picture[None], (high, wide))[0]
+    return F.pad(found, (0, width - wide, 0, height - high), value=1.0)
 
 
 # -- super resolution -----------------------------------------------------------------------------
@@ -275,6 +287,8 @@ def _tensor(picture: Any) -> torch.Tensor:
     Raises: TaskError for what is no picture.
     """
     if isinstance(picture, torch.Tensor):
+        if picture.ndim != 3:
+            raise TaskError(f"image: expected a tensor (3, h, w), received {(*picture.shape,)}")
         return picture
     if not hasattr(picture, "convert"):
         raise TaskError(f"image: expected a picture, received {brief(picture)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from protocol import load, write
 
-from autofr import policy as policies
+from autofr import policy_file
 from autofr.measure import profiling
 from autofr.runtime.families import discover
 from autofr.runtime.points import find_denoiser
@@ -30,7 +30,7 @@ def main() -> None:
     points = discover(find_denoiser(pipe))
     rows = []
     for path in args.policies:
-        policy = policies.load(path)
+        policy = policy_file.load(path)
         steps = policy.sampler.replaces
         costs = profiling.costs_of(pipe, points, policy.masks, steps, args.batch)
         predicted = costs.teacher(steps) / costs.of_call(verify.policy_steps(policy))

@@ -17,7 +17,7 @@ from autofr.search.result import Result
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = (
     "ldm4-1.5x", "ldm4-2x", "ldm4-3x", "dit-1.5x", "dit-2x", "sd-1.5x", "sd-2x",
-    "sd-img2img-2x", "sd-inpaint-2x",
+    "sd-img2img-2x", "sd-inpaint-2x", "ldm4-sr-1.5x", "ldm4-sr-2x",
 )  # fmt: skip
 KINDS = {"fewer steps": "fewer steps", "DeepCache": "deepcache", "FRDiff": "frdiff"}
 HEAD = (

@@ -18,15 +18,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import typer
 from conftest import ddim
 from folders import write
 from PIL import Image
+from test_docs import COMMANDS
 from test_search import STEPS, few_rows, settings, tiny_pipe, tiny_unet, work_clock
 
 from autofr import job, loading, zoo
 from autofr.cli import console
-from autofr.cli.app import app, main
+from autofr.cli.app import main
 from autofr.cli.console import progress
 from autofr.errors import AutofrError, BudgetError, MeasurementError
 from autofr.mix import Constant
@@ -37,7 +37,6 @@ from autofr.runtime.families import discover
 from autofr.runtime.sampler import compose
 from autofr.search import folder as folders
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 FEW = ["--steps", str(STEPS), "--batch", "2", "--threads", "1"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import pydoc
 import re
 import runpy
 import shlex
@@ -61,29 +61,24 @@ def objection(line: str) -> str | None:
 
 
 def names_used(script: str) -> set[str]:
-    """Dotted names of autofr that a script imports or reads."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(script)):
+    """Dotted names of autofr that a script imports, or reads of what it imports."""
+    nodes, names, homes = [*ast.walk(ast.parse(script))], set(), {"autofr": "autofr"}
+    for node in nodes:
         match node:
             case ast.Import():
                 names |= {alias.name for alias in node.names}
             case ast.ImportFrom(module=str(module)):
-                names |= {f"{module}.{alias.name}" for alias in node.names}
-            case ast.Attribute(value=ast.Name(id="autofr"), attr=attribute):
-                names.add(f"autofr.{attribute}")
-    return {name for name in names if name.split(".")[0] == "autofr"}
+                homes |= {one.asname or one.name: f"{module}.{one.name}" for one in node.names}
+    for node in nodes:
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in homes:
+                names.add(f"{homes[name]}.{attribute}")
+    return {name for name in {*names, *homes.values()} if name.split(".")[0] == "autofr"}
 
 
 def exists(name: str) -> bool:
     """Say whether a dotted name is a module, or a name in one."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        if module and hasattr(importlib.import_module(module), attribute):
-            return True
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
+    return pydoc.locate(name) is not None
 
 
 # -- the reader itself ----------------------------------------------------------------------------
@@ -119,6 +114,14 @@ def test_the_reader_finds_command_lines() -> None:
 def test_the_reader_knows_what_the_program_accepts(line: str, accepted: bool) -> None:
     """Unknown commands, unknown options, bad values and missing arguments are all objected to."""
     assert (objection(line) is None) == accepted
+
+
+def test_the_reader_sees_which_names_a_script_uses() -> None:
+    """Imported names, what is read of them under any name, and which of these there are."""
+    script = "import autofr\nfrom autofr import policy as p, zoo\np.load, zoo.load, autofr.apply"
+    found = {name: exists(name) for name in names_used(script)}
+    there = ("autofr", "autofr.policy", "autofr.zoo", "autofr.zoo.load", "autofr.apply")
+    assert found == dict.fromkeys(there, True) | {"autofr.policy.load": False}
 
 
 # -- README and help ------------------------------------------------------------------------------
@@ -183,6 +186,13 @@ def test_the_file_tree_names_every_benchmark(readme: str) -> None:
     trees = "\n".join(content for _, content in blocks(readme))
     files = [path.name for path in (ROOT / "benchmarks").glob("*.py")]
     assert [name for name in files if not re.search(rf"(?<![\w.]){re.escape(name)}\b", trees)] == []
+
+
+def test_benchmarks_use_what_exists() -> None:
+    """Scripts that no test runs find the names of autofr that they use."""
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        used = names_used(path.read_text(encoding="utf-8"))
+        assert [name for name in used if not exists(name)] == [], path.name
 
 
 def test_dependencies_are_imported() -> None:

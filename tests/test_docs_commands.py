@@ -135,6 +135,8 @@ class Stage:
             Path("policy.json").read_text().replace('"mask": [', '"m": [')
         )
         Path("night.toml").write_text(NIGHT)
+        picture(0).resize((32, 16)).save("wide.png")
+        Path("sizes.jsonl").write_text('{"image": "cat.png"}\n{"image": "wide.png"}\n')
         self.policy("made-with-eta.json", call={"eta": 0.0})
 
     def inputs(self, *folders: Path) -> None:
@@ -378,7 +380,8 @@ def test_scripts_run(
     """
     monkeypatch.chdir(tmp_path)
     stage.inputs(tmp_path)
-    model = next((name for name in (*HUB, "dit", "sd") if f'"{name}"' in script), "ldm4")
+    named = (name for name in (*HUB, "dit", "sd", "ldm4-sr") if f'"{name}"' in script)
+    model = next(named, "ldm4")
     steps = [int(count) for count in re.findall(r"num_inference_steps=(\d+)", script)] or [STEPS]
     forwards = 0
     for place in re.findall(r'"([^"\s:]+\.json)"', script):

@@ -12,10 +12,11 @@ import pytest
 from folders import PROMPTS, SIZE, picture, write
 from PIL import Image
 from test_search import tiny_pipe
+from transformers.utils import logging
 
 from autofr import zoo
 from autofr.errors import TaskError
-from autofr.loading import load
+from autofr.loading import load, task_of
 from autofr.runtime.sampler import draw
 
 PICTURES = 3
@@ -101,6 +102,33 @@ def test_small_pictures_are_the_upscalers_own(tmp_path: Path, task: Any) -> None
     for other in ("text2img", "img2img"):
         with pytest.raises(TaskError, match=f"--task {other}: .*LDMSuperResolutionPipeline"):
             load(str(folder), threads=1, task=other)
+
+
+def test_another_pipeline_is_looked_for_without_notices(tmp_path: Path) -> None:
+    """Diffusers imports pipelines that this one does not need, and transformers with them."""
+    folder = write("upscaler", tmp_path / "tiny")
+    logging.set_verbosity_warning()
+    with pytest.raises(TaskError, match="starts from image"):
+        load(str(folder), threads=1)
+    assert logging.get_verbosity() == logging.WARNING
+    with pytest.raises(TaskError, match="--task img2img"):
+        load(str(folder), threads=1, task="img2img")
+    assert logging.get_verbosity() == logging.ERROR
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        (diffusers.LDMPipeline, "text2img"),
+        (diffusers.LDMSuperResolutionPipeline, "upscale"),
+        (diffusers.StableDiffusionUpscalePipeline, "upscale"),
+        (diffusers.IFImg2ImgSuperResolutionPipeline, "img2img"),
+        (diffusers.StableDiffusionInpaintPipeline, "inpaint"),
+    ],
+)
+def test_a_name_says_what_a_pipeline_is_for(kind: type, task: str) -> None:
+    """What it starts from goes before how large its images are."""
+    assert task_of(kind.__new__(kind)) == task
 
 
 # -- inputs ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,10 @@ def test_pictures_are_of_the_usual_kinds_and_sizes(tmp_path: Path) -> None:
     for name in ("script.png", "broken.png", "large1.png", "none.png", "a\0.png"):
         with pytest.raises(TaskError, match="cannot be read"):
             read_inputs(rows(tmp_path, image=name))
+    Image.new("1", (12_000, 8_000)).save(tmp_path / "vast.png")  # so large that Pillow warns of it
+    with warnings.catch_warnings(), pytest.raises(TaskError, match="are the most"):
+        warnings.simplefilter("error")
+        read_inputs(rows(tmp_path, image="vast.png"))
 
 
 def test_a_root_holds_the_pictures_of_inputs(tmp_path: Path) -> None:

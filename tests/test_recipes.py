@@ -234,20 +234,13 @@ def test_channels_that_are_not_predicted_get_no_noise(tmp_path: Path) -> None:
             read.append(given)
             return SimpleNamespace(sample=super().forward(given))
 
-    rows = (
-        torch.arange(5.0).view(-1, 1, 1, 1).expand(5, 3, 8, 8)
-        * torch.tensor([100, 1, 1])[:, None, None]
-    )
+    scales = torch.tensor([100, 1, 1])[:, None, None]
+    rows = torch.arange(5.0).view(-1, 1, 1, 1).expand(5, 3, 8, 8) * scales
     diffusion.denoiser(Line(3, 1, 1), [(math.inf, rows)], lambda *_: {}, STEPS, tmp_path, 0, 1e-3)
     noisy, beside = torch.cat(read).tensor_split([1], 1)
     rows_read = beside[:, :1, :1, :1]
-    assert torch.equal(beside, rows_read.expand_as(beside)) and {*rows_read.unique().tolist()} == {
-        0,
-        1,
-        2,
-        3,
-        4,
-    }
+    assert torch.equal(beside, rows_read.expand_as(beside))
+    assert {*rows_read.unique().tolist()} == {*range(5)}
     assert bool((noisy.flatten(1).std(1) > 0).all())
     near = (noisy.mean((1, 2, 3)) / 100).round().flatten()
     assert bool((near <= rows_read.flatten()).all()) and bool((near == rows_read.flatten()).any())

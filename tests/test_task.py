@@ -136,6 +136,14 @@ def test_small_pictures_are_one_for_each_sample() -> None:
     assert np.array_equal(shared[1], both[1]) and not np.array_equal(shared[0], both[0])
 
 
+def test_other_pictures_are_other_inputs() -> None:
+    """A tensor is told from another by all of its values, not by those that are printed."""
+    one, other = torch.zeros(2, 3, 64, 64)
+    other[1, 32, 32] = 1
+    first, second = (Task(upscaler(), [{"image": image}]).digest for image in (one, other))
+    assert first == Task(upscaler(), [{"image": one.clone()}]).digest != second
+
+
 def test_images_stand_beside_what_they_start_from() -> None:
     """The picture comes first, every pixel as many times as needed; noise alone stays alone."""
     images = torch.rand(3, 3, 32, 32)
@@ -144,6 +152,9 @@ def test_images_stand_beside_what_they_start_from() -> None:
     start = torch.from_numpy(np.array(picture(0)) / 255).permute(2, 0, 1).float()
     wanted = start.repeat_interleave(2, 1).repeat_interleave(2, 2)
     torch.testing.assert_close(found[0::2], wanted.expand(3, 3, 32, 32))
+    film = with_starts(Task(upscaler(), [{"image": picture(0)}]), [0], torch.rand(1, 3, 96, 32))
+    torch.testing.assert_close(film[0, :, :32], wanted)  # beside the first of three frames
+    assert bool((film[0, :, 32:] == 1).all())
     for pipe in (NoisePipeline(), Task(PromptPipeline(), ROWS)):
         assert with_starts(pipe, [0, 1, 2], images) is images
 
@@ -154,9 +165,10 @@ def test_images_stand_beside_what_they_start_from() -> None:
         ([picture(0), picture(0).resize((32, 16))], "16x16, 32x16 pixels: expected one size"),
         ([picture(0).resize((17, 16))], "17x16 pixels: .* sides multiples of 2; resize"),
         ([3], "image: expected a picture, received 3"),
+        ([torch.zeros(1, 3, 16, 16)], r"expected a tensor \(3, h, w\), received \(1, 3, 16, 16\)"),
         ([], 'starts from image: .*"image": "cat.png"'),
     ],
-    ids=["sizes", "odd", "number", "none"],
+    ids=["sizes", "odd", "number", "batch", "none"],
 )
 def test_pictures_that_cannot_be_made_larger_are_refused(images: list[Any], said: str) -> None:
     """What the U-Net cannot take, or not in one call, is said before any call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from autofr.runtime.sampler import compose
 from autofr.search import verify
 from autofr.search.evaluate import Candidate
 from autofr.search.ledger import Record
-from autofr.search.verify import NEAR, finalists, within_budget
+from autofr.search.verify import NEAR, Choice, finalists, within_budget
 from autofr.task import Task
 
 
@@ -91,9 +92,11 @@ class Bench:
         ratio = Interval(value=low + 0.02, low=low, high=low + 0.04)
         return Paired(ratio, 1.0, 1 / ratio.value, 6, ratio.value)
 
-    def again(self, found: Record, seconds: float) -> Candidate | None:
+    def again(self, found: Record, seconds: float) -> Choice | None:
         self.asked.append((found.number, seconds))
-        return candidate(f"tighter {len(self.asked)}", seconds)
+        value = found.value * (seconds / 0.66) ** -1  # less time, more error
+        new = candidate(f"tighter {len(self.asked)}", seconds)
+        return dataclasses.replace(found, value=value), new
 
     def choose(self, ranked: Sequence[tuple[Record, Candidate]], budget: str, again: Any) -> Any:
         asked = settings(budget=parse_budget(budget))
@@ -149,6 +152,16 @@ def test_what_kept_the_budget_is_not_lost_to_a_slower_one_that_misses(
     bench = Bench(monkeypatch, [1.6, 1.45])
     verdict = bench.choose(RANKED, "1.5x", bench.again)
     assert verdict.found.name == "first" and bench.timed == 2
+
+
+def test_time_that_is_given_back_is_taken_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two policies that keep the budget the nearer one is taken, though it be the faster."""
+    bench = Bench(monkeypatch, [1.6, 1.505])
+
+    def worse(found: Record, seconds: float) -> Choice:
+        return dataclasses.replace(found, value=2 * found.value), candidate("slower", seconds)
+
+    assert bench.choose(RANKED, "1.5x", worse).found.name == "first"
 
 
 def test_giving_time_back_stays_below_what_missed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import ANSWER, context, save_model, wait
+from optuna.trial import TrialState
 from postgres import Postgres
 from test_docs import objection
 from test_search import few_rows, settings, stop_at, work_clock
@@ -279,6 +280,16 @@ def test_a_driver_that_resumes_proposes_something_else(postgres: Postgres) -> No
         assert {trial.params["x"] for trial in book._trials()} < {*tried}  # a new study begins anew
 
 
+def test_what_another_version_has_queued_stops_no_driver(postgres: Postgres) -> None:
+    """A proposal is read by who scores it, not by who resumes the study."""
+    with driver(postgres) as book:
+        notes = {"chain": "old", "proposal": {"policy": "of another version"}}
+        book._add(ask(book), TrialState.COMPLETE, notes, 1.0)
+    with driver(postgres) as book:
+        assert not book.watch() and [one.value for one in book.records()] == [1.0]
+        assert [one.state.name for one in book._proposer.trials] == ["COMPLETE"]
+
+
 def test_as_many_are_proposed_as_are_asked_for(postgres: Postgres) -> None:
     """Retries, rows and what is given up change nothing about the count."""
     with driver(postgres) as book:
@@ -372,6 +383,34 @@ def test_equal_proposals_are_scored_once(postgres: Postgres) -> None:
         assert begun == [(1, QUEUED), (2, 8), (3, 8)]  # twins are waited for, not without end
         assert told(book) == TOLD
         assert [one.state.name for one in book._proposer.trials] == ["COMPLETE"] * 8
+
+
+def test_twins_of_what_is_refused_wait_no_longer(postgres: Postgres) -> None:
+    """Where the one that is at work ends without a value, the search goes on, and ends."""
+    with driver(postgres) as book:
+        hands = Helped(book, SimpleNamespace(outcome=lambda one: Outcome(reason="NaN")))
+        trials_of(book, hands, [1] * len(EQUAL)).run()
+        assert states(book) == ["PRUNED"] * len(EQUAL)
+
+
+def test_a_look_reads_the_study_twice(postgres: Postgres, monkeypatch: Any) -> None:
+    """However many trials and twins wait: what is read serves all who ask for it."""
+    read, reads = Storage._get_trials, []
+
+    def noted(*words: Any, **more: Any) -> Any:
+        reads.append(words)
+        return read(*words, **more)
+
+    with driver(postgres) as book:
+        monkeypatch.setattr(book, "take", lambda work: False)  # the driver leaves all to others
+        hands = Helped(book, SimpleNamespace(outcome=score))
+        trials = trials_of(book, hands, [1] * QUEUED)
+        trials._fill()
+        assert len(trials._twins) == QUEUED - 1
+        monkeypatch.setattr(Storage, "_get_trials", noted)
+        assert trials._unfinished() and hands.over() == []
+        trials._fill()
+        assert len(reads) == 2 and len(trials._twins) == QUEUED - 1
 
 
 def quick(model: Path) -> tuple[Any, Settings]:
@@ -471,6 +510,26 @@ def test_a_trial_taken_by_a_process_that_died_at_once_is_found(postgres: Postgre
         assert states(book) == ["FAIL", "WAITING"]
         assert book.take(score) and not book.watch()
         assert [record.value for record in book.records()] == [0.0]
+
+
+def test_a_silent_trial_that_ends_at_the_last_moment_counts(
+    postgres: Postgres, monkeypatch: Any
+) -> None:
+    """Its result arrives just when the driver closes it: the driver goes on, with the result."""
+    real, other = Storage.get_trial, open_storage(postgres.url, BEAT)
+
+    def looked_up(self: Storage, number: int) -> Any:
+        found = real(self, number)
+        monkeypatch.undo()
+        other.set_trial_state_values(number, TrialState.COMPLETE, [1.0])
+        return found
+
+    with driver(postgres) as book:
+        propose(book)
+        queue_of(postgres)._pop_waiting_trial_id()
+        monkeypatch.setattr(Storage, "get_trial", looked_up)
+        wait(lambda: not book.watch())
+        assert states(book) == ["COMPLETE"] and book.records()[0].value == 1.0
 
 
 LIVE = """

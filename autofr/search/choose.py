@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
-from autofr.errors import BudgetError
+from autofr.errors import BudgetError, MeasurementError
 from autofr.runtime.points import Pipe
 from autofr.search.evaluate import Candidate, Evaluator, Score
 from autofr.search.folder import Settings
 from autofr.search.ledger import Ledger, Record
 from autofr.search.trial import candidate_of
-from autofr.search.verify import Verdict, finalists, within_budget
+from autofr.search.verify import Choice, Verdict, different, finalists, within_budget
+
+FEW = 3  # trials whose parameters are planned anew for another time per call
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Chooser:
     again: Callable[[Record, float], Candidate | None]
     on_progress: Callable[[str, int, int], None]
     scores: dict[str, Score] = field(default_factory=dict)  # by digest
+    _best: list[Record] = field(default_factory=list, init=False)
 
     def choose(self, ledger: Ledger) -> Verdict:
         """Winner by FID among the finalists, held to the budget by measurement.
@@ -39,6 +43,7 @@ class Chooser:
         best = finalists(records, self.target)
         if not best:
             raise BudgetError(self._nothing(ledger))
+        self._best = different([r for r in records if "row" not in r.notes])[:FEW]
         ranked = []
         for done, record in enumerate(best):
             self.on_progress("choose", done, len(best))
@@ -83,8 +88,26 @@ class Chooser:
         except BudgetError:  # none of them, when measured
             return verdict
 
-    def _hold(self, ranked: Sequence[tuple[Record, Candidate]]) -> Verdict:
+    def _hold(self, ranked: Sequence[Choice]) -> Verdict:
         def on_pair(pairs: int, width: float) -> None:
             self.on_progress("measure", pairs, pairs + 1)
 
-        return within_budget(self.pipe, self.settings, ranked, self.again, on_pair)
+        return within_budget(self.pipe, self.settings, ranked, self._planned, on_pair)
+
+    def _planned(self, record: Record, seconds: float) -> Choice | None:
+        """The best policy for another time per call that these or the best parameters give.
+
+        Parameters were the best of many for the time that they were tried with: for another one
+        others may be.
+        """
+        if "row" in record.notes:
+            return None
+        found: dict[str, Choice] = {}
+        for one in {r.number: r for r in (record, *self._best)}.values():
+            candidate = self.again(one, seconds)
+            if candidate is None or candidate.policy.digest in found:
+                continue
+            with suppress(MeasurementError):  # it draws NaN
+                score = self.evaluator.score(candidate.policy, self.settings.trial_seeds)
+                found[candidate.policy.digest] = replace(one, value=score.error.value), candidate
+        return min(found.values(), key=lambda choice: choice[0].value, default=None)

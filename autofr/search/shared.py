@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
 
 from autofr.errors import StorageError
 from autofr.search.address import check_name
@@ -27,7 +27,7 @@ from autofr.search.queue import Queue, pause
 from autofr.search.trial import Outcome, Proposal, Scorer
 
 QUEUED = 4  # trials that wait for workers, at least
-LOOK = 0.2  # seconds between two looks of the driver at all trials, at least: each costs some 20 ms
+LOOK = 0.2  # seconds between two looks of the driver at all trials, at least
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,17 @@ class SharedLedger(Ledger):
             held.callback(self._owner.release)
             optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
             self._study = Queue(name, storage)
-            if self._trials() and self.published is None:
+            trials = self._trials()
+            if trials and self.published is None:
                 raise StorageError(
                     f"study {name!r} has trials and is none of autofr's; give another name with"
                     " --study"
                 )
-            self._proposer = optuna.create_study(sampler=algorithm(seed, len(self._trials())))
-            for trial in self._trials(*OVER):
-                if trial.params and "chain" not in trial.user_attrs:
+            self._proposer = optuna.create_study(sampler=algorithm(seed, len(trials)))
+            for trial in trials:
+                if trial.state in OVER and trial.params and "chain" not in trial.user_attrs:
                     self._proposer.add_trial(trial)  # was over as soon as it was proposed
-            self._follow()
+            self._follow(trials)
             self._study.set_user_attr("space", space)
             self._held = held.pop_all()
 
@@ -92,13 +93,21 @@ class SharedLedger(Ledger):
         """Let the study go; where workers were not dismissed, they wait for the next driver."""
         self._held.close()
 
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        self._read = super()._trials()  # takes milliseconds: a look makes do with two
+        return [one for one in self._read if not states or one.state in states]
+
+    def finished(self) -> int:
+        """As of the last reading: this is asked for at every look, for nothing but to be said."""
+        return sum(one.state in OVER for one in self._read)
+
     # -- proposing --------------------------------------------------------------------------------
 
     def guess(self, params: Mapping[str, Any]) -> None:
         self._proposer.enqueue_trial(dict(params), skip_if_exists=True)
 
     def ask(self) -> optuna.Trial:
-        self._follow()
+        self._follow(self._trials())
         return super().ask()
 
     def more(self, trials: int) -> bool:
@@ -149,6 +158,7 @@ class SharedLedger(Ledger):
         """Score a queued trial here; False where there is none."""
         found = self._study.take(work, "driver") != "none"
         self._dry = found and not self.waiting()
+        self._follow(self._read)
         return found
 
     def room(self, twins: int = 0) -> bool:
@@ -169,12 +179,12 @@ class SharedLedger(Ledger):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
-        for trial in self._cut_off():
-            if "chain" in trial.user_attrs:
-                notes = {name: trial.user_attrs[name] for name in ("chain", "proposal")}
-                self._add(trial, TrialState.WAITING, notes | retry_of(trial))
-        self._follow()
-        return bool(self._trials(TrialState.WAITING, TrialState.RUNNING))
+        again = [trial for trial in self._cut_off() if "chain" in trial.user_attrs]
+        for trial in again:
+            notes = {name: trial.user_attrs[name] for name in ("chain", "proposal")}
+            self._add(trial, TrialState.WAITING, notes | retry_of(trial))
+        self._follow(self._read)
+        return bool(again) or not all(trial.state.is_finished() for trial in self._read)
 
     def _close_silent(self) -> None:
         """Close what was taken by a process that ended before its first heartbeat."""
@@ -182,12 +192,12 @@ class SharedLedger(Ledger):
         self._silent = {one: self._silent.get(one, now) for one in self._owner.silent()}
         for number, since in self._silent.items():
             if now - since > self._grace:
-                with suppress(ValueError):  # it is over after all
+                with suppress(ValueError, UpdateFinishedTrialError):  # it is over after all
                     self._study.tell(number, state=TrialState.FAIL)
 
-    def _follow(self) -> None:
-        """Let the proposer know of everything that is known here."""
-        for trial in self._trials():
+    def _follow(self, trials: list[FrozenTrial]) -> None:
+        """Let the proposer know of all these."""
+        for trial in trials:
             chain, notes = trial.user_attrs.get("chain"), trial.user_attrs
             lost = trial.state == TrialState.FAIL and notes.get("retry", 0) >= RETRIES
             if chain is None:
@@ -198,13 +208,12 @@ class SharedLedger(Ledger):
                 )
                 self._proposer.add_trial(begun)
                 self._open[chain] = len(self._proposer.get_trials(deepcopy=False)) - 1
-                self._keys[chain] = Proposal.load(notes["proposal"]).key
-            mine = self._proposer.get_trials(deepcopy=False)[self._open[chain]]
-            if (trial.state in OVER or lost) and not mine.state.is_finished():
+                self._keys[chain] = notes["proposal"].get("key", "")  # other versions note none
+            if chain in self._keys and (trial.state in OVER or lost):
                 value = trial.value if trial.state == TrialState.COMPLETE else None
                 state = None if value is not None else trial.state
-                self._proposer.tell(mine.number, value, state=state)
-                self._keys.pop(chain, None)
+                self._proposer.tell(self._open[chain], value, state=state)
+                del self._keys[chain]
 
 
 class Helped:

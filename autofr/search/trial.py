@@ -38,7 +38,7 @@ class Proposal:
 
     def dump(self) -> dict[str, Any]:
         """Write it as plain JSON data."""
-        return notes_of(self.candidate) | {"rollouts": self.rollouts}
+        return notes_of(self.candidate) | {"rollouts": self.rollouts, "key": self.key}
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Proposal:

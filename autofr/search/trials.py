@@ -152,11 +152,9 @@ class Trials:
 
     def _begin(self, trial: Any, proposal: Proposal) -> None:
         """Have a proposal scored, unless an equal one was: it waits for one that is at work."""
-        if self.ledger.told(trial, proposal):
-            return
         if self.hands.at_work(proposal):
             self._twins.append((trial, proposal))
-        else:
+        elif not self.ledger.told(trial, proposal):
             self.hands.begin(trial, proposal)
 
     def _close(self, trial: Any, outcome: Outcome | None) -> None:

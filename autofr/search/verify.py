@@ -32,6 +32,10 @@ MEASURING = 180.0  # seconds that all measuring together should take
 SPARE = 1.015  # a policy that is faster than asked by more than this gives time back
 
 
+Choice = tuple[Record, Candidate]
+"""A trial and the candidate that came of its parameters, whose error is the trial's value."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The chosen trial, the candidate that came of it, and how it was measured."""
@@ -41,14 +45,18 @@ class Verdict:
     timing: Paired
 
 
+def different(records: Sequence[Record]) -> list[Record]:
+    """The first trial of every policy, by error."""
+    first = {r.notes["digest"]: r for r in reversed(records)}.values()
+    return sorted(first, key=lambda r: (r.value, r.number))
+
+
 def finalists(records: Sequence[Record], seconds: float, keep: int = 3) -> list[Record]:
     """The few different trials of least error that meet the time per call by prediction.
 
     None is further from the teacher than a published row that is fast enough.
     """
-    different = {r.notes["digest"]: r for r in reversed(records)}.values()  # the first of each
-    fast = [r for r in different if r.notes["seconds"] <= seconds]
-    fast.sort(key=lambda r: (r.value, r.number))
+    fast = [r for r in different(records) if r.notes["seconds"] <= seconds]
     bounds = [NEAR * fast[0].value for _ in fast[:1]] + [r.value for r in fast if "row" in r.notes]
     return [r for r in fast if r.value <= min(bounds)][:keep]
 
@@ -87,25 +95,26 @@ def time_policy(
 def within_budget(
     pipe: Pipe,
     settings: Settings,
-    ranked: Sequence[tuple[Record, Candidate]],
-    again: Callable[[Record, float], Candidate | None],
+    ranked: Sequence[Choice],
+    again: Callable[[Record, float], Choice | None],
     on_pair: Callable[[int, float], None],
 ) -> Verdict:
     """Take the first candidate whose measured speed-up keeps the budget with its lower end.
 
-    Where one misses, or keeps it with time to spare, its policies at other times on the front are
-    tried: `again(record, seconds)` plans the same parameters anew, or gives None where there is no
-    front. Of those that keep the budget the slowest is taken: it changes the images least.
+    Where one misses, or keeps it with time to spare, policies at other times on the front are
+    tried: `again(record, seconds)` plans anew, or gives None where there is no front. Of those that
+    keep the budget the one of least error is taken.
     Raises: BudgetError when none keeps it; says what was measured.
     """
     closest, began = 0.0, time.monotonic()
-    for record, first in ranked:
-        found: Candidate | None = first
+    for first in ranked:
+        choice: Choice | None = first
         best: Verdict | None = None
         missed = math.inf  # seconds of the fastest plan that missed
         for _ in range(ATTEMPTS):
-            if found is None:
+            if choice is None:
                 break
+            record, found = choice
             left = MEASURING - (time.monotonic() - began)
             timing = time_policy(
                 pipe,
@@ -126,12 +135,13 @@ def within_budget(
                 expected = max(timing.ratio.low, (1 - HALF_WIDTH) * timing.ratio.value)
                 seconds = found.seconds * min(0.995, expected / asked)
             else:
-                best = Verdict(record, found, timing)
+                if best is None or record.value < best.record.value:
+                    best = Verdict(record, found, timing)
                 seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
                 enough = spare < SPARE or seconds < found.seconds * 1.005
                 if enough or time.monotonic() - began > PATIENCE:
                     break
-            found = again(record, seconds)
+            choice = again(record, seconds)
         if best is not None:
             return best
     raise BudgetError(

@@ -235,7 +235,8 @@ def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
     # diffusers logs advice about accelerate and torchvision that users of this tool do not need.
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     local = Path(source).is_dir()
-    _quieten_transformers(Path(source) / "model_index.json")
+    if _needs_transformers(Path(source) / INDEX):
+        quieten_transformers()
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
@@ -253,10 +254,13 @@ def _from_pretrained(source: str, dtype: Any, model: str) -> Any:
         ) from None
 
 
-def _quieten_transformers(index: Path) -> None:
-    """The same for transformers, where a folder needs it: it takes seconds to import."""
-    if not index.is_file() or "transformers" not in index.read_text(encoding="utf-8"):
-        return
+def _needs_transformers(index: Path) -> bool:
+    """Whether a folder is loaded with transformers: it takes seconds to import."""
+    return index.is_file() and "transformers" in index.read_text(encoding="utf-8")
+
+
+def quieten_transformers() -> None:
+    """Turn off what transformers logs for others: advice about torchvision, bars of its own."""
     try:
         from transformers.utils import logging as theirs
     except ImportError:  # diffusers says what is missing
