@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from autofr.mix import Constant, Table
 from autofr.policy import Interval, Policy
 from autofr.runtime.sampler import compose
 from autofr.search import verify
+from autofr.search.choose import Chooser
 from autofr.search.evaluate import Candidate
 from autofr.search.ledger import Record
 from autofr.search.verify import NEAR, Choice, finalists, within_budget
@@ -52,7 +55,7 @@ def candidate(name: str, seconds: float) -> Candidate:
 
 
 def test_finalists_meet_the_time_and_are_near_the_best() -> None:
-    """Only trials that are fast enough, within 15 % of the least error among those, come on."""
+    """Only trials that are fast enough, and nearly as good as the best of those, come on."""
     records = [
         record(0, 0.0100, 1.1),  # the least error, too slow
         record(1, 0.0200, 0.9),
@@ -162,6 +165,30 @@ def test_time_that_is_given_back_is_taken_where_it_helps(monkeypatch: pytest.Mon
         return dataclasses.replace(found, value=2 * found.value), candidate("slower", seconds)
 
     assert bench.choose(RANKED, "1.5x", worse).found.name == "first"
+
+
+def test_another_time_is_planned_with_the_best_parameters_for_it() -> None:
+    """Of what the best trials' parameters give there the nearest is taken, and never NaN."""
+    errors = {0: 0.3, 1: math.nan, 2: 0.2}
+    policies = {number: policy(mix=Constant(value=number / 10)) for number in errors}
+
+    def again(found: Record, seconds: float) -> Candidate | None:
+        tried = policies.get(found.number)
+        return None if tried is None else Candidate("planned", "planned", tried, seconds)
+
+    def score(tried: Policy, seeds: int) -> SimpleNamespace:
+        error = next(errors[number] for number, known in policies.items() if known == tried)
+        if math.isnan(error):
+            raise MeasurementError("NaN")
+        return SimpleNamespace(error=Interval(value=error, low=error, high=error))
+
+    evaluator: Any = SimpleNamespace(score=score)
+    one = Chooser(None, settings(), evaluator, 1.0, again, lambda *_: None)
+    one._best = [record(number, 0.01, 0.6) for number in range(4)]
+    choice = one._planned(one._best[0], 0.5)
+    assert choice is not None and (choice[0].number, choice[0].value) == (2, 0.2)
+    assert choice[1].policy == policies[2] and choice[1].seconds == 0.5
+    assert one._planned(record(2, 0.01, 0.6, row="20 steps"), 0.5) is None
 
 
 def test_giving_time_back_stays_below_what_missed(monkeypatch: pytest.MonkeyPatch) -> None:

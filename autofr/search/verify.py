@@ -26,10 +26,10 @@ from autofr.search.ledger import Record
 
 NEAR = 1.05  # finalists have at most this many times the least error
 ATTEMPTS = 5
-PATIENCE = 90.0  # seconds of measuring after which a policy that keeps the budget is not replanned
+PATIENCE = 60.0  # seconds of measuring after which a policy that keeps the budget is not replanned
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this
 MEASURING = 180.0  # seconds that all measuring together should take
-SPARE = 1.015  # a policy that is faster than asked by more than this gives time back
+SPARE = 1.03  # a policy that is faster than asked by more than this gives time back
 
 
 Choice = tuple[Record, Candidate]
