@@ -157,7 +157,7 @@ def test_a_budget_out_of_reach_names_the_largest(model: Path, tmp_path: Path) ->
 # -- models ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "near"), [("ldm5", "did you mean ldm4?"), ("zzz", "no model")])
+@pytest.mark.parametrize(("name", "near"), [("ldm5", "did you mean ldm4"), ("zzz", "no model")])
 def test_an_unknown_model_is_answered_with_the_known_ones(name: str, near: str) -> None:
     """The nearest name, the bundled ones, and how to give a folder."""
     ways = ("Bundled: ldm4", "./my-pipeline", "hub id")

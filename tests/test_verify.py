@@ -170,7 +170,8 @@ def test_time_that_is_given_back_is_taken_where_it_helps(monkeypatch: pytest.Mon
 def test_another_time_is_planned_with_the_best_parameters_for_it() -> None:
     """Of what the best trials' parameters give there the nearest is taken, and never NaN."""
     errors = {0: 0.3, 1: math.nan, 2: 0.2}
-    policies = {number: policy(mix=Constant(value=number / 10)) for number in errors}
+    rows = [("key", "jump") * 3, ("key", "key", "jump") * 2, ("key",) * 5 + ("jump",)]
+    policies = dict(enumerate(map(policy, rows)))
 
     def again(found: Record, seconds: float) -> Candidate | None:
         tried = policies.get(found.number)

@@ -171,8 +171,11 @@ def test_a_near_name_is_offered(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qqq", "./nowhere", "/nowhere/at/all", "a/b/c", "../x"])
-def test_what_is_no_name_folder_or_id_is_answered_with_all_three(name: str, called: list) -> None:
+def test_what_is_no_name_folder_or_id_is_answered_with_all_three(
+    name: str, called: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The refusal says how each kind of model is given, and asks no hub for a path."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError) as refusal:
         zoo.load(name)
     said = str(refusal.value)
