@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from autofr.errors import ModelError
 from autofr.measure import profile_file, profiling
 from autofr.measure.alignment import NOBODY, Judge
 from autofr.measure.calibration import candidate_masks
@@ -14,7 +16,7 @@ from autofr.measure.profile_file import Profile
 from autofr.policy import Measured, Policy
 from autofr.report import before_after, page, profile_pictures, report
 from autofr.report.wording import count
-from autofr.runtime import sampler
+from autofr.runtime import guidance, sampler
 from autofr.runtime.families import discover
 from autofr.runtime.points import Pipe, device_of, dtype_of, find_denoiser, name_of
 from autofr.runtime.start import Starts
@@ -139,10 +141,13 @@ def profile(
     Raises: ModelError for a denoiser without known points, or calls of which too little runs;
         MeasurementError when it gives NaN.
     """
-    check_runs(Starts(pipe), steps)
+    starts, branch = Starts(pipe), None
+    check_runs(starts, steps)
+    with suppress(ModelError):  # nothing can be planned for it, which a search says
+        branch = guidance.of(pipe, starts.short(3, steps)).alone
     found = profiling.profile(
         pipe,
-        candidate_masks(discover(find_denoiser(pipe))),
+        candidate_masks(discover(find_denoiser(pipe)), branch),
         steps=steps,
         batch=batch,
         seeds=seeds,

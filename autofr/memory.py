@@ -56,7 +56,7 @@ class Memory:
         runs = set(map(executed, steps, rows)) - {KEY}
         used = {point for name in runs & set(masks) for point in masks[name]}
         share = 0.0 if self.keep.host else min(1.0, 2 / self.width) if self.keep.dtype else 1.0
-        tensors = sum(self.points[point] for point in used)
+        tensors = sum(self.points.get(point, 0) for point in used)  # guidance: the scores alone
         older = max([1, *(len(row) - 1 for row in rows)])
         return round(share * tensors) + older * self.score
 

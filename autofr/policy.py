@@ -209,8 +209,11 @@ class Policy(Value):
         for name, points in self.masks.items():
             if not points:
                 raise ValueError(f'masks["{name}"]: no points')
+            if sum("#guidance" in point for point in points) > 1:
+                raise ValueError(f'masks["{name}"]: more than one guidance branch to compute alone')
         if isinstance(self.mix, Table):
             self._check_table(self.mix)
+        self._check_guidance()
         return self
 
     def _check_table(self, table: Table) -> None:
@@ -233,6 +236,23 @@ class Policy(Value):
             elif row[0] == 0 and len(row) < 2:
                 raise ValueError(f"mix.weights[{i}]: 0 alone is no mix; it needs a keyframe's")
 
+    def _check_guidance(self) -> None:
+        """At steps that compute one guidance branch, weights are those of that branch and of what
+        the other one added to it at keyframes: no λ(t) says them.
+        """
+        halved = self.halved
+        for i, step in enumerate(self.steps if halved else ()):
+            row = self.weights(i)
+            if (
+                step in halved
+                and row != (1.0,)
+                and (len(row) < 2 or row[0] == 0 or not isinstance(self.mix, Table))
+            ):
+                raise ValueError(
+                    f'steps[{i}]: "{step}" reuses a guidance branch: its mix is a constant 1, or a'
+                    " row of a table with a weight other than 0 and at least one more"
+                )
+
     @staticmethod
     def _check_keyframe(i: int, row: tuple[float, ...], before: int) -> None:
         if row and not before:
@@ -247,6 +267,11 @@ class Policy(Value):
     def keyframes(self) -> tuple[int, ...]:
         """Indices of the fully computed steps."""
         return tuple(i for i, step in enumerate(self.steps) if step == KEY)
+
+    @property
+    def halved(self) -> frozenset[str]:
+        """Masks that compute one guidance branch."""
+        return frozenset(n for n, mask in self.masks.items() if any("#guidance" in p for p in mask))
 
     def weights(self, step: int) -> tuple[float, ...]:
         """Mix of a step; see `mix_row`."""

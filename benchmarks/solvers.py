@@ -21,7 +21,8 @@ from autofr.measure import profiling
 from autofr.measure.calibration import calibrate, candidate_masks, worth_calibrating
 from autofr.mix import JUMP, Constant
 from autofr.plan import baselines, correction
-from autofr.plan.planner import Rule, plan
+from autofr.plan.choices import Rule
+from autofr.plan.planner import plan
 from autofr.runtime.families import discover
 from autofr.runtime.points import find_denoiser
 from autofr.runtime.sampler import compose

@@ -190,8 +190,8 @@ def storage(trials: int) -> list[dict[str, Any]]:
 def speed(model: str, trials: int) -> list[dict[str, Any]]:
     """Real trials: 2 children in turns with 4 workers, on as many cores.
 
-    All are made and ready before; who has no turn is stopped. CPU time is that of the driver, of
-    those who have the turn, and of the database.
+    All are made before, and score a trial each before a round begins; who has no turn is stopped.
+    CPU time is that of the driver, of those who have the turn, and of the database.
     """
     asked = Request(model=model, threads=1)
     pipe, settings = remade(asked.model_dump_json())
@@ -202,9 +202,11 @@ def speed(model: str, trials: int) -> list[dict[str, Any]]:
         for _ in range(ROUNDS):
             for one in born:
                 one.send_signal(signal.SIGSTOP)
+            _children(crew, 2)
             taken["2 children"].append(_timed(partial(_children, crew, trials), crew.pids))
             for one in born:
                 one.send_signal(signal.SIGCONT)
+            _workers(book, 4)
             known = [*workers, server_pid]
             taken["4 workers"].append(_timed(partial(_workers, book, trials), known))
     return [_speed(name, trials, found, taken["2 children"]) for name, found in taken.items()]
@@ -225,6 +227,7 @@ def _speed(
         "cores in use": round(cpu / wall, 2),
         "speed, of 2 children": f"{100 * sum(b[0] for b in base) / wall:.0f} %",
         "in each round": " ".join(f"{share:.0f}" for share in shares),
+        "speed per core in use": f"{100 * sum(b[1] for b in base) / cpu:.0f} %",
     }
 
 
@@ -303,9 +306,10 @@ NOTES = {
     "count": "Trials of nothing on PostgreSQL. Whenever as many more are over as the command says,"
     " a worker with a trial in hand is ended by kill -9. Each number from 0 is to be found once.",
     "storage": "What the study on PostgreSQL adds to a trial that costs nothing itself.",
-    "speed": "The same policy, scored as a trial is, in turns: a round of each, three times. All"
-    " are ready before, and who has no turn is stopped. The driver scores nothing itself; its CPU"
-    " time and the database's are counted with the workers'.",
+    "speed": "The same policy, scored as a trial is, in turns: a round of each, three times. Each"
+    " evaluator has scored a trial right before its round, and who has no turn is stopped. The"
+    " driver scores nothing itself; its CPU time and the database's are counted with the workers'."
+    " Speed is trials per second; per core in use, trials per CPU second.",
 }
 
 

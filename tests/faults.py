@@ -28,7 +28,7 @@ from test_cli import FEW
 from test_search import few_rows, tiny_pipe, work_clock
 
 from autofr.cli.app import main
-from autofr.search import database, evaluate, facts, folder, shared
+from autofr.search import database, evaluate, facts, folder, shared, turns
 from autofr.search.search import Search
 from autofr.search.trial import Outcome, Proposal, Scorer
 
@@ -195,6 +195,7 @@ def under(world: World) -> Iterator[None]:
         patch.setattr(shared, "Share", functools.partial(shared.Share, heartbeat=BEAT))
         patch.setattr(shared.SharedLedger, "at_work", lambda *_: False)  # few policies, all wanted
         patch.setattr(database, "PATIENCE", world.patience)
+        patch.setattr(turns, "PATIENCE", 0.0)  # others stand still in the middle of a trial
         if world.jump:
             patch.setattr(time, "time", jumping(world.jump))
         patch.setattr(Search, "_timed", until_trials)

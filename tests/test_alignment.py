@@ -15,9 +15,9 @@ from folders import FAMILIES, WIDTH, dit, picture, sd, t5, t5_tokenizer
 from safetensors.torch import load_file, save_file
 from test_policy import MEASURED, policy
 
-from autofr import hub
 from autofr.cli import console
 from autofr.errors import ModelError
+from autofr.hub_card import card
 from autofr.measure.alignment import (
     PROJECTION,
     WEIGHTS,
@@ -259,11 +259,11 @@ def test_alignment_is_printed_where_it_was_measured() -> None:
     rows = dict(console.measured_rows(aligned))
     assert rows["alignment with prompts in bundled sd towers"] == "61.12 (teacher 61.25)"
     assert rows["alignment difference"] == "-0.125 (-0.25 to 0.0625)"
-    card = hub.card(policy(measured=aligned), "hub:alice/fast")
-    assert "alignment with prompts in bundled sd towers, without / with | 61.250 / 61.125" in card
+    page = card(policy(measured=aligned), "hub:alice/fast")
+    assert "alignment with prompts in bundled sd towers, without / with | 61.250 / 61.125" in page
     for told in (
         "\n".join(console.words(policy(measured=MEASURED))),
         str(console.measured_rows(MEASURED)),
-        hub.card(policy(measured=MEASURED), "hub:alice/fast"),
+        card(policy(measured=MEASURED), "hub:alice/fast"),
     ):
         assert "alignment" not in told

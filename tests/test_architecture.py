@@ -52,7 +52,7 @@ DOORS = {
         "cli.worker",
         "zoo.train",
     },
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub_place"},
     "jinja2": {"report.html"},
 }
 LIGHT = {"errors", "inputs", "mix", "policy", "policy_file", "retiming"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autofr.measure.calibration import candidate_masks
 from autofr.mix import HardSigmoid, Table
 from autofr.plan import correction
-from autofr.plan.correction import _Basis, correct, trajectory
+from autofr.plan.correction import Trajectory, _Basis, correct, trajectory
 from autofr.policy import Policy
 from autofr.runtime import sampler
 from autofr.runtime.families import discover
@@ -124,8 +124,12 @@ def test_keyframes_make_up_for_what_came_before(pipe):
 def test_a_keyframe_asks_for_no_more_scores_than_have_run(pipe):
     """Keyframes before the beginning of a call that begins in the middle hold nothing."""
     plan = policy(pipe, ("key", "key", "key", "jump", "key", "jump"))
-    assert [len(row) for row in correction._opened(plan, range(6))] == [0, 0, 0, 3, 3, 3]
-    assert [len(row) for row in correction._opened(plan, range(2, 6))] == [0, 0, 0, 3, 2, 3]
+
+    def opened(first, stop):
+        return correction._opened(plan, Trajectory(tuple(range(first, stop)), ()))
+
+    assert [len(row) for row in opened(0, 6)] == [0, 0, 0, 3, 3, 3]
+    assert [len(row) for row in opened(2, 6)] == [0, 0, 0, 3, 2, 3]
 
 
 def test_a_mask_that_is_held_stays_held(pipe):

@@ -30,7 +30,7 @@ from autofr.interchange import READERS
 from autofr.measure import profile_file
 from autofr.measure.calibration import Calibration
 from autofr.search.space import load_space
-from autofr.tune import jobs
+from autofr.tune import job_file
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 12_000  # characters of a message
@@ -55,7 +55,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "profile": profile_file.load,
     "calibration": Calibration.load,
     "space": lambda path: load_space(str(path)),
-    "jobs": lambda path: jobs.read_checked(path, root=path.parent),
+    "jobs": lambda path: job_file.read_checked(path, root=path.parent),
     "inputs.txt": read_inputs,
     "inputs.jsonl": read_inputs,
     **{kind: functools.partial(schedule, kind) for kind in READERS},

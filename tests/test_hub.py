@@ -26,7 +26,8 @@ from hypothesis import given
 from test_policy import MEASURED, PROVENANCE, edited, laws, policies, policy
 
 from autofr.errors import HubError, PolicyError
-from autofr.hub import card, is_reference, pull, push
+from autofr.hub import is_reference, pull, push
+from autofr.hub_card import card
 from autofr.policy import MAX_BYTES, Model, Policy
 from autofr.policy_file import load
 

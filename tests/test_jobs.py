@@ -21,7 +21,8 @@ from autofr import zoo
 from autofr.cli.app import app
 from autofr.errors import JobsError
 from autofr.request import Request
-from autofr.tune import jobs
+from autofr.tune import job_file
+from autofr.tune.jobs import LONGEST, Plan
 
 laws = settings(deadline=None, max_examples=20, derandomize=True, database=None)
 EXAMPLE = Path(__file__).parents[1] / "examples/jobs.toml"
@@ -64,10 +65,10 @@ def table(title: str, fields: dict[str, Any]) -> str:
     return "\n".join([title, *(f"{key} = {toml(value)}" for key, value in fields.items()), ""])
 
 
-def plan_of(folder: Path, text: str) -> jobs.Plan:
+def plan_of(folder: Path, text: str) -> Plan:
     """The plan of a job file with this text, whose paths start from its folder."""
     (folder / "jobs.toml").write_text(text)
-    return jobs.read(folder / "jobs.toml", root=folder)
+    return job_file.read(folder / "jobs.toml", root=folder)
 
 
 def refusal(folder: Path, text: str) -> str:
@@ -96,7 +97,7 @@ def test_lists_span_a_matrix(
     assert len(whole) == math.prod(map(len, fields.values()))
     assert len({job.name.lower() for job in whole}) == len({job.folder for job in whole})
     assert len({job.name.lower() for job in whole}) == len(whole)
-    assert all(len(job.name) <= jobs.LONGEST for job in whole)
+    assert all(len(job.name) <= LONGEST for job in whole)
     upper = dict([*fields.items()][:split])
     lower = names | dict([*fields.items()][split:])
     text = table("[defaults]", upper) + table("[[job]]", lower)
@@ -224,7 +225,7 @@ def test_pictures_of_a_jobs_inputs_stay_in_the_folder_too(tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "../cat.png"}')
     (tmp_path / "jobs.toml").write_text('[[job]]\ninputs = "rows.jsonl"\n')
     with pytest.raises(JobsError, match=r"cat\.png leads out of"):
-        jobs.read_checked(tmp_path / "jobs.toml", root=tmp_path)
+        job_file.read_checked(tmp_path / "jobs.toml", root=tmp_path)
 
 
 def test_links_in_the_folder_are_its_owners(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_results_stay_in_the_folder_too(tmp_path: Path, out: str) -> None:
     """Only the one who gives the command may put results elsewhere."""
     assert "leads out of" in refusal(tmp_path, f'out = "{out}"\n[[job]]\n')
     (tmp_path / "jobs.toml").write_text(f'out = "{out}"\n[[job]]\n')
-    (job,) = jobs.read(tmp_path / "jobs.toml", out=Path("/given"), root=tmp_path).jobs
+    (job,) = job_file.read(tmp_path / "jobs.toml", out=Path("/given"), root=tmp_path).jobs
     assert job.folder == Path("/given/ldm4-1.5x")
 
 
@@ -267,7 +268,7 @@ def test_paths_start_from_the_root(tmp_path: Path) -> None:
         ("", "no [[job]]"),
         ("job = 3", "[[job]] per model"),
         ("job = [3]", "[[job]] 1: expected a table"),
-        ("#" * (jobs.MOST_BYTES + 1), "larger than 0.25 MiB"),
+        ("#" * (job_file.MOST_BYTES + 1), "larger than 0.25 MiB"),
         (f"[[job]]\nseed = {[*range(40)]}\nsteps = {[*range(2, 42)]}", "more than 1000 jobs"),
         ("\n".join(f"[[job]]\nseed = {[*range(n, n + 900)]}" for n in (0, 900)), "split the file"),
         ('[[job]]\nname = "a"\n[[job]]\nname = "A"', "A is also a job of [[job]] 1"),
@@ -304,12 +305,12 @@ def test_what_is_not_there_is_found_without_weights(
     for key, value in wrong.items():
         (tmp_path / "jobs.toml").write_text(table("[[job]]", good | {key: value}))
         with pytest.raises(JobsError) as refused:
-            jobs.read_checked(tmp_path / "jobs.toml", root=tmp_path)
+            job_file.read_checked(tmp_path / "jobs.toml", root=tmp_path)
         said.append(str(refused.value))
     words = ["ldm4", "above 1x", "nope.toml", "abacus", "line 2", "200MB", "no.png"]
     assert [word for word, text in zip(words, said, strict=True) if word not in text] == [], said
     (tmp_path / "jobs.toml").write_text(table("[[job]]", good))
-    assert len(jobs.read_checked(tmp_path / "jobs.toml", root=tmp_path).jobs) == 1
+    assert len(job_file.read_checked(tmp_path / "jobs.toml", root=tmp_path).jobs) == 1
 
 
 def test_a_pipeline_that_takes_no_such_type_is_found_without_weights(tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_a_pipeline_that_takes_no_such_type_is_found_without_weights(tmp_path: P
     text = table("[[job]]", {"model": "./tiny", "dtype": "float16"})
     (tmp_path / "jobs.toml").write_text(text)
     with pytest.raises(JobsError, match="LDMPipeline of diffusers draws its noise in float32"):
-        jobs.read_checked(tmp_path / "jobs.toml", root=tmp_path)
+        job_file.read_checked(tmp_path / "jobs.toml", root=tmp_path)
 
 
 def test_a_changed_file_is_another_job(tmp_path: Path) -> None:
@@ -342,4 +343,4 @@ def test_job_files_in_the_readme_are_job_files(tmp_path: Path) -> None:
 def test_the_example_is_every_model_by_two_budgets() -> None:
     """The shipped file is the bundled models, each at 1.5x and 2x."""
     names = {f"{model}-{budget}" for model in zoo.BUNDLED for budget in ("1.5x", "2x")}
-    assert {job.name for job in jobs.read(EXAMPLE).jobs} == names
+    assert {job.name for job in job_file.read(EXAMPLE).jobs} == names

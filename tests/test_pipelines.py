@@ -29,9 +29,10 @@ from autofr.errors import BudgetError, ModelError, PolicyError, TaskError
 from autofr.inputs import read_inputs
 from autofr.measure.calibration import calibrate, candidate_masks
 from autofr.measure.costs import Costs
-from autofr.mix import Constant, Mix
+from autofr.mix import Constant, Mix, Table
+from autofr.plan.choices import Rule
 from autofr.plan.correction import correct, trajectory
-from autofr.plan.planner import Rule, plan
+from autofr.plan.planner import plan
 from autofr.policy import Policy
 from autofr.policy_file import load
 from autofr.report import profile_pictures, report
@@ -181,7 +182,7 @@ def test_calls_made_are_calls_planned(task_of: Load, name: str) -> None:
 @each
 def test_guidance_is_told_from_a_run(task_of: Load, name: str) -> None:
     """One branch, several in a call, or a call for each."""
-    assert guidance.of(task_of(name)) == FAMILIES[name].guidance
+    assert guidance.of(task_of(name)).kind == FAMILIES[name].guidance
 
 
 # -- branches of guidance -------------------------------------------------------------------------
@@ -682,6 +683,22 @@ def test_plans_let_each_expert_begin_with_a_keyframe(task_of: Load) -> None:
             kinds = Counter(planned.steps)
             assert patch.counts == {kind: 2 * count for kind, count in kinds.items()}
     assert ways >= 3
+
+
+def test_keyframes_of_each_expert_are_corrected_with_its_own(task_of: Load) -> None:
+    """A keyframe's mix leans on what its own expert kept: nothing at the first, one at the next."""
+    pipe = task_of("wan22")
+    steps = ("key", "jump", "key", "key", "jump", "key")
+    rows = tuple((0.0, 1.0) if step == "jump" else () for step in steps)
+    teacher = trajectory(pipe, SEEDS, N)
+    assert teacher.switch == 3
+    after = correct(pipe, policy(pipe, steps, Table(weights=rows)), teacher)
+    assert [len(row) for row in after.mix.weights] == [0, 2, 2, 0, 2, 2]
+    with sampler.reuse(pipe, after) as patch:
+        mixed: list[int] = []
+        patch.on_mix = lambda step, *_: mixed.append(step)
+        drawn(pipe)
+    assert {2, 5} <= set(mixed)
 
 
 def test_a_run_that_ends_early_is_not_planned(pipe_of: Load) -> None:

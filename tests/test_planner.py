@@ -15,8 +15,9 @@ from autofr.errors import BudgetError
 from autofr.measure.calibration import Calibration
 from autofr.measure.costs import Costs
 from autofr.mix import MAX_WEIGHT, Constant, HardSigmoid, Linear, Table, mix_row
-from autofr.plan import planner
-from autofr.plan.planner import RIDGE, Rule, choices, plan
+from autofr.plan.choices import RIDGE, Choices, Rule, choices
+from autofr.plan.intervals import intervals
+from autofr.plan.planner import _Paths, plan
 from autofr.runtime import sampler
 
 laws = settings(deadline=None, max_examples=40, derandomize=True, database=None)
@@ -28,9 +29,13 @@ MIXES = ("fit1", "fit2", Constant(), HardSigmoid(tau=10.0, bias=0.3), Linear(sta
 
 
 class World:
-    """Random scores of a teacher and of two masks, and the calibration that they give."""
+    """Random scores of a teacher and of two masks, and the calibration that they give.
 
-    def __init__(self, seed=0, steps=6, size=12):
+    At `switch` a second denoiser takes over, which no keyframe of the first one serves.
+    """
+
+    def __init__(self, seed=0, steps=6, size=12, switch=0):
+        self.switch, self.fillings = switch, {}
         rng = np.random.default_rng(seed)
         drift = rng.normal(size=(steps, size)) * rng.uniform(0.05, 0.5)
         self.teacher = rng.normal(size=size) + drift.cumsum(0)
@@ -38,6 +43,8 @@ class World:
         for m, noise in enumerate((0.5, 0.1)):
             for i in range(steps):
                 for g in range(1, min(GAPS, i) + 1):
+                    if i - g < switch <= i:
+                        continue
                     wrong = (self.teacher[i - g] - self.teacher[i]) * noise * rng.uniform(0.5, 2)
                     wrong = wrong + noise * 0.1 * rng.normal(size=size)
                     self.reduced[m, i, g - 1] = self.teacher[i] + wrong
@@ -50,7 +57,19 @@ class World:
             own=(self.reduced**2).sum(-1),
             gain=self.gain,
             norm=7.0,
+            switch=switch,
         )
+
+    def serves(self, one, other):
+        """Whether the same denoiser runs both steps."""
+        return (one < self.switch) == (other < self.switch)
+
+    def around(self, rule, step, gap, before, after):
+        """The gaps before and after the keyframe that count: those to the denoiser's own ones."""
+        corrected = rule.corrected and isinstance(rule.mix, str)
+        key = step - gap
+        before = before if self.serves(key, key - before) else 0
+        return before, after if corrected and self.serves(key, key + after) else 0
 
     def parts(self, name, step, gap, before, after=0):
         """The reduced score (zeros at a jump), the last keyframe's, the one's before (zeros), and,
@@ -83,25 +102,57 @@ class World:
         start[free] += np.linalg.lstsq(matrix, right, rcond=None)[0]
         return start
 
-    def error(self, rule, name, step, gap, before, after):
-        """Weighted squared error of one choice, from the scores themselves."""
-        corrected = rule.corrected and isinstance(rule.mix, str)
-        choice = (name, step, gap, before, after if corrected else 0)
-        mixed = self.weights(rule.mix, *choice) @ self.parts(*choice)
+    def missed(self, rule, name, step, gap, before, after):
+        """What a choice misses, and how far a part of it moves the final latents."""
+        choice = (name, step, gap, *self.around(rule, step, gap, before, after))
+        missed = self.weights(rule.mix, *choice) @ self.parts(*choice) - self.teacher[step]
         place = 2 * step / (len(self.teacher) - 1) - 1
         weight = np.exp(-place * rule.phase[0] if place < 0 else place * rule.phase[1])
-        return weight * self.gain[step] ** 2 * ((mixed - self.teacher[step]) ** 2).sum() / 7.0
+        return missed, np.sqrt(weight / 7.0) * self.gain[step]
+
+    def error(self, rule, name, step, gap, before, after):
+        """Weighted squared error of one choice, from the scores themselves."""
+        if not self.serves(step, step - gap):
+            return np.inf
+        missed, scale = self.missed(rule, name, step, gap, before, after)
+        return scale**2 * (missed**2).sum()
+
+    def agreement(self, rule, key, before, after, count):
+        """Cosines of what the `count` steps after a keyframe miss that hold its score."""
+        if not count:
+            return np.zeros((0, 0))
+        gaps = range(1, count + 1)
+        far = np.array([self.missed(rule, "jump", key + g, g, before, after)[0] for g in gaps])
+        far /= np.linalg.norm(far, axis=1, keepdims=True)
+        return far @ far.T
+
+    def interval(self, rule, key, before, after, names):
+        """Error of the steps between two keyframes (the last one and the end) that are `names`."""
+        place = (rule, key, before, after, names)
+        if place not in self.fillings:
+            steps = [(name, key + g, g, before, after) for g, name in enumerate(names, 1)]
+            size = np.sqrt([self.error(rule, *choice) for choice in steps])
+            found = np.inf
+            if np.isfinite(size).all():
+                agreement = self.agreement(rule, key, before, after, len(names))
+                found = size @ agreement @ size if len(names) else 0.0
+            self.fillings[place] = float(found)
+        return self.fillings[place]
+
+
+def stretches(steps):
+    """(key, gap before, gap after, names between) of every interval of a plan."""
+    keys = [i for i, name in enumerate(steps) if name == "key"]
+    gaps = [0, *(b - a for a, b in itertools.pairwise(keys)), 0]
+    for key, (before, after) in zip(keys, itertools.pairwise(gaps), strict=True):
+        yield key, before, after, steps[key + 1 : key + after if after else None]
 
 
 def walk(steps):
     """(step, name, gap, gap before, gap after) of every reduced or held step."""
-    key = before = 0
-    for i, name in enumerate(steps):
-        if name == "key":
-            key, before = i, i - key
-        else:
-            after = ["key", *steps[key + 1 :], "key"].index("key", 1)
-            yield i, name, i - key, before, after if key + after < len(steps) else 0
+    for key, before, after, names in stretches(steps):
+        for gap, name in enumerate(names, 1):
+            yield key + gap, name, gap, before, after
 
 
 def allowed(steps, rule):
@@ -117,18 +168,12 @@ def allowed(steps, rule):
 def every_plan(world, rule, costs=COSTS):
     """(error, seconds, steps) of all plans that keep the rule, by enumeration."""
     n, found = len(world.teacher), []
-    known: dict[tuple, float] = {}
     for rest in itertools.product(("key", *rule.masks), repeat=n - 1):
         steps = ("key", *rest)
-        if not allowed(steps, rule):
-            continue
-        error = 0.0
-        for i, name, *gaps in walk(steps):
-            choice = (name, i, *gaps)
-            if choice not in known:
-                known[choice] = world.error(rule, *choice)
-            error += known[choice]
-        found.append((error, costs.of_call(steps), steps))
+        if allowed(steps, rule):
+            error = sum(world.interval(rule, *one) for one in stretches(steps))
+            if np.isfinite(error):
+                found.append((error, costs.of_call(steps), steps))
     return found
 
 
@@ -142,7 +187,16 @@ rules = st.builds(
     last=st.integers(0, 2),
     corrected=st.booleans(),
 )
-worlds = st.builds(World, seed=st.integers(0, 10**6), steps=st.integers(4, 6))
+fitted = st.builds(
+    Rule,
+    masks=st.just(("cheap", "jump")),
+    mix=st.sampled_from(["fit1", "fit2"]),
+    corrected=st.booleans(),
+)
+seeds = st.integers(0, 10**6)
+alone = st.builds(World, seed=seeds, steps=st.integers(4, 6))
+experts = st.builds(World, seed=seeds, steps=st.integers(4, 6), switch=st.integers(1, 3))
+worlds = alone | experts
 
 
 @laws
@@ -154,13 +208,14 @@ def test_a_choice_costs_its_distance_from_the_teacher(world, rule):
     assert table.error.shape == (len(table.names), n, gaps, gaps + 1, gaps + 1)
     for m, i, g, before, after in np.ndindex(table.error.shape):
         name, gap = table.names[m], g + 1
-        if i < gap + before:
+        if i < gap + before or not world.serves(i, i - gap):
             assert table.error[m, i, g, before, after] == np.inf
             continue
         follows = after > gap and i - gap + after < n
         expected = world.error(rule, name, i, gap, before, after if follows else 0)
         found = table.error[m, i, g, before, after]
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        before, _ = world.around(rule, i, gap, before, 0)
         weights = world.weights(rule.mix, name, i, gap, before)
         np.testing.assert_allclose(table.weights[m, i, g, before], weights, rtol=1e-5, atol=1e-6)
 
@@ -194,7 +249,7 @@ def test_every_plan_is_a_table_that_a_policy_can_hold(far):
 
 
 @laws
-@given(worlds, st.sampled_from(["fit1", "fit2"]))
+@given(alone, st.sampled_from(["fit1", "fit2"]))
 def test_a_correction_is_never_worse(world, mix):
     """What the next keyframe makes up for only lowers errors, and only where one follows."""
     every = Rule(("cheap", "good", "jump"), mix=mix)
@@ -211,14 +266,161 @@ def test_a_correction_is_never_worse(world, mix):
 
 
 @laws
+@given(worlds, rules | fitted)
+def test_agreement_is_the_cosine_of_what_two_steps_miss(world, rule):
+    """From the products of scores alone: what the scores themselves give, whatever is corrected."""
+    table, n = choices(world.calibration, COSTS, rule), len(world.teacher)
+    gaps = table.error.shape[2]
+    assert table.agreement.shape == (n, gaps + 1, gaps + 1, gaps, gaps)
+    for key, before, after in gaps_around(n, gaps):
+        count = after - 1 if after else min(gaps, n - 1 - key)
+        expected = world.agreement(rule, key, before, after, count)
+        served = [world.serves(key, key + g) for g in range(1, count + 1)]
+        found = table.agreement[key, before, after, :count, :count]
+        np.testing.assert_allclose(
+            found[np.ix_(served, served)], expected[np.ix_(served, served)], atol=1e-6
+        )
+
+
+def gaps_around(n, gaps):
+    """(key, gap before, gap after) of all intervals that a call of n steps can have."""
+    for key, before, after in itertools.product(range(n), range(gaps + 1), range(gaps + 1)):
+        first = before <= key and bool(before) == bool(key)
+        if first and (key + after < n if after else key + gaps >= n - 1):
+            yield key, before, after
+
+
+@laws
+@given(worlds, rules | fitted)
+def test_an_interval_costs_what_its_steps_miss_together(world, rule):
+    """Every way costs |Σ g m|² of its choices; with jumps alone that is the scores' own."""
+    table, n = choices(world.calibration, COSTS, rule), len(world.teacher)
+    ways = intervals(table, rule)
+    free = range(rule.first, n - rule.last)
+    for place in gaps_around(n, table.error.shape[2]):
+        key, before, after = place
+        steps = range(key + 1, key + after if after else n)
+        if not all(step in free and world.serves(key, step) for step in steps):
+            assert (ways.error[place] == np.inf).all()
+            continue
+        for error, seconds, picks in filled(ways, place):
+            names = tuple(table.names[pick] for pick in picks[: len(steps)])
+            expected = world.interval(rule, *place, names)
+            assert error == pytest.approx(expected, rel=1e-5, abs=1e-8)
+            assert seconds == pytest.approx(sum(map(COSTS.of_step, names)))
+            if {*names} == {"jump"}:
+                parts = [world.missed(rule, "jump", i, i - key, before, after) for i in steps]
+                together = sum(scale * missed for missed, scale in parts)
+                assert error == pytest.approx((together**2).sum(), rel=1e-5, abs=1e-8)
+
+
+def filled(ways, place):
+    """(error, seconds, picks) of all ways to fill an interval."""
+    return zip(ways.error[place], ways.seconds[place], ways.picks[place], strict=True)
+
+
+@laws
+@given(worlds, rules)
+def test_ways_go_from_the_cheapest_on_with_falling_error(world, rule):
+    """The first way takes least time, and no later one is worse or takes less."""
+    table = choices(world.calibration, COSTS, rule)
+    ways = intervals(table, rule)
+    for place in gaps_around(len(world.teacher), table.error.shape[2]):
+        errors, seconds = ways.error[place], ways.seconds[place]
+        if np.isfinite(errors[0]):
+            count = place[2] - 1 if place[2] else len(world.teacher) - 1 - place[0]
+            assert seconds[0] == pytest.approx(count * table.seconds.min())
+            assert (np.diff(errors) <= 1e-12).all() and seconds.min() == seconds[0]
+
+
+def any_table(seed, steps=6, gaps=5, choices=4, sign=-1.0):
+    """A table of choices of random errors, some of them 0 or missing, and of random cosines."""
+    rng = np.random.default_rng(seed)
+    shape = (choices, steps, gaps, gaps + 1, gaps + 1)
+    error = rng.exponential(size=shape) * (rng.random(shape) > 0.1)
+    error[rng.random(shape) < 0.1] = np.inf
+    far = rng.normal(size=(steps, gaps + 1, gaps + 1, gaps, 3)) + rng.uniform(0, 1)
+    far = np.abs(far) if sign >= 0 else far
+    far /= np.linalg.norm(far, axis=-1, keepdims=True)
+    seconds = np.sort(rng.uniform(0.05, 0.9, choices))
+    names = tuple(f"mask{index}" for index in range(choices))
+    agreement = np.einsum("...sd,...td->...st", far, far)
+    return Choices(names, error, np.zeros((*shape[:4], 3)), seconds, agreement, 0)
+
+
+def fillings(table, key, before, after):
+    """(error, seconds) of every filling of an interval, from magnitudes and cosines."""
+    steps = np.arange(key + 1, key + after if after else table.error.shape[1])
+    gaps = steps - key
+    agreement = table.agreement[key, before, after][: len(steps), : len(steps)]
+    size = np.sqrt(table.error[:, steps, gaps - 1, before, after])
+    for picks in itertools.product(range(len(table.names)), repeat=len(steps)):
+        far = size[list(picks), range(len(steps))]
+        if np.isfinite(far).all():
+            yield far @ agreement @ far, table.seconds[list(picks)].sum()
+
+
+@pytest.mark.parametrize("sign", [-1.0, 0.0])
+def test_ways_are_near_the_best_fillings(sign):
+    """A way is one of all fillings; for any time, or price on it, the best of them is 3 % better
+    on average at most; where no errors cancel the last way is the best of all.
+    """
+    found, best = [], []
+    for seed in range(6):
+        table = any_table(seed, sign=sign)
+        ways = intervals(table, Rule(table.names))
+        for place in [(0, 0, 0), (0, 0, 5), (1, 1, 4), (2, 2, 3), (1, 1, 0), (3, 2, 2), (2, 1, 0)]:
+            every = np.array([*fillings(table, *place)]).reshape(-1, 2)
+            if not len(every):
+                assert (ways.error[place] == np.inf).all()
+                continue
+            errors, seconds = ways.error[place], ways.seconds[place]
+            assert (np.diff(errors) <= 1e-9).all()
+            for one in zip(errors, seconds, strict=True):
+                assert np.isclose(every, one, atol=1e-9).all(1).any()
+            assert sign < 0 or errors[-1] == pytest.approx(every[:, 0].min(), abs=1e-9)
+            for budget in np.linspace(seconds[0], seconds[-1], 9) + 1e-9:
+                found.append(errors[seconds <= budget].min())
+                best.append(every[every[:, 1] <= budget, 0].min())
+            for price in np.geomspace(0.01, 100, 9):
+                found.append((errors + price * seconds).min())
+                best.append((every @ [1, price]).min())
+    assert (np.array(found) >= np.array(best) * (1 - 1e-9)).all()
+    assert sum(found) <= 1.03 * sum(best)
+
+
+def shortest(world, rule, price):
+    """The path found at a price on time, as a plan."""
+    table = choices(world.calibration, COSTS, rule)
+    paths = _Paths(table, intervals(table, rule), COSTS)
+    return paths.plan(paths.path(price), rule)
+
+
+@laws
 @given(worlds, rules, st.floats(-6, 2))
 def test_the_path_is_the_shortest(world, rule, log_price):
-    """For any price on time, no plan has less error + price * seconds than the path found."""
-    price = 10**log_price
-    found = planner._path(choices(world.calibration, COSTS, rule), COSTS, rule, price)
+    """With one choice for a step, no plan has less error + price * seconds than the path found."""
+    price, rule = 10**log_price, replace(rule, masks=rule.masks[-1:])
+    found = shortest(world, rule, price)
     best = min(error + price * seconds for error, seconds, _ in every_plan(world, rule))
-    assert found.error + price * found.seconds == pytest.approx(best, rel=1e-9)
+    assert found.error + price * found.seconds == pytest.approx(best, rel=1e-6, abs=1e-9)
     assert allowed(found.steps, rule)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_path_over_masks_is_near_the_shortest(corrected):
+    """With more choices it is one of all plans, and on average within 2 % of the best."""
+    rule = Rule(("cheap", "good", "jump"), corrected=corrected)
+    found, best = [], []
+    for seed in range(12):
+        world = World(seed)
+        every = every_plan(world, rule)
+        for price in (0.003, 0.01, 0.03, 0.1, 0.3):
+            one = shortest(world, rule, price)
+            found.append(one.error + price * one.seconds)
+            best.append(min(error + price * seconds for error, seconds, _ in every))
+            assert found[-1] >= best[-1] * (1 - 1e-6)
+    assert sum(found) <= 1.02 * sum(best)
 
 
 @laws
@@ -230,7 +432,7 @@ def test_a_plan_says_what_it_costs(world, rule, speedup):
     except BudgetError:
         return
     assert allowed(found.steps, rule)
-    error = sum(world.error(rule, *choice) for choice in named(found))
+    error = sum(world.interval(rule, *one) for one in stretches(found.steps))
     assert found.error == pytest.approx(error, rel=1e-6, abs=1e-9)
     assert found.seconds == pytest.approx(COSTS.of_call(found.steps))
     if not isinstance(rule.mix, str):
@@ -239,13 +441,9 @@ def test_a_plan_says_what_it_costs(world, rule, speedup):
     assert isinstance(found.mix, Table)
     for i, name, gap, before, _ in walk(found.steps):
         row = found.mix.weights[i]
+        before, _ = world.around(rule, i, gap, before, 0)
         expected = world.weights(rule.mix, name, i, gap, before)
         assert (*row, 0.0)[:3] == pytest.approx(expected, abs=1e-5)
-
-
-def named(found):
-    """Choices of a plan as `World.error` takes them."""
-    return [(name, i, *gaps) for i, name, *gaps in walk(found.steps)]
 
 
 @laws
@@ -271,7 +469,10 @@ def test_a_plan_meets_the_budget_or_says_what_can_be_met(world, rule, speedup):
 @laws
 @given(worlds, rules, st.floats(1, 3.5))
 def test_a_plan_is_as_good_as_any_on_the_hull(world, rule, speedup):
-    """No plan on the lower convex hull of all plans both fits the budget and has less error."""
+    """With one choice for a step, no plan on the lower convex hull of all plans both fits the
+    budget and has less error.
+    """
+    rule = replace(rule, masks=rule.masks[-1:])
     target = COSTS.teacher(len(world.teacher)) / speedup
     every = every_plan(world, rule)
     if min(seconds for _, seconds, _ in every) > target:
@@ -304,7 +505,7 @@ def _above(one, two, three):
 
 
 def test_a_plan_is_near_the_best_off_the_hull():
-    """Between the hull's points the greedy upgrade leaves a few per cent on average."""
+    """With masks, and between the hull's points, 3 % are left on average."""
     rule = Rule(("cheap", "good", "jump"))
     found, best = [], []
     for seed in range(20):
@@ -314,7 +515,7 @@ def test_a_plan_is_near_the_best_off_the_hull():
             target = COSTS.teacher(6) / speedup
             best.append(min(error for error, seconds, _ in every if seconds <= target))
             found.append(plan(world.calibration, COSTS, rule, target).error)
-    assert sum(best) - 1e-9 <= sum(found) <= 1.1 * sum(best)
+    assert sum(best) - 1e-9 <= sum(found) <= 1.03 * sum(best)
 
 
 def test_no_need_to_hurry_gives_the_teacher():
@@ -426,7 +627,7 @@ def test_what_does_not_run_changes_no_plan(world, rule, first, speedup):
 
 
 @laws
-@given(worlds, st.integers(1, 5))
+@given(alone, st.integers(1, 5))
 def test_the_time_of_a_mix_is_that_of_the_whole_call(world, first):
     """λ(t) of a step that runs is what the policy's own mix gives there."""
     mix = Linear(start=0.2, end=0.9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
@@ -407,6 +408,30 @@ def test_a_duplicate_takes_its_twins_value_and_is_not_run(tmp_path: Path) -> Non
     assert len(verify.finalists(own, float("inf"))) == 1
 
 
+def test_a_duplicate_takes_a_refusal_over_and_is_not_run(tmp_path: Path, monkeypatch: Any) -> None:
+    """A policy that draws NaN is drawn once, also where the same run goes on later."""
+    score, calls = Evaluator.score, []
+
+    def sick(self: Evaluator, policy: Policy, seeds: int | None = None) -> Any:
+        if seeds is None:  # a row
+            return score(self, policy, seeds)
+        calls.append(policy.digest)
+        raise MeasurementError("the model drew NaN")
+
+    monkeypatch.setattr(Evaluator, "score", sick)
+    for count in (2, 4):
+        run = Search(
+            tiny_pipe(),
+            settings(space=SINGLE, trials=count),
+            tmp_path,
+            on_progress=stop_at("choose"),
+        )
+        with work_clock(), few_rows(), pytest.raises(StopIteration):
+            run.run()
+        assert trials_of(tmp_path).reasons() == {"the model drew NaN": count}
+    assert len(calls) == 1
+
+
 # -- stopping and resuming ------------------------------------------------------------------------
 
 DIE = """
@@ -514,7 +539,7 @@ def test_a_model_that_gives_nan_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_gives_nan_loses_its_trial_only(tmp_path: Path, monkeypatch: Any) -> None:
-    """A trial without a usable number is closed with its reason, and the search goes on."""
+    """A trial without a usable number is closed with its reason, as are the equal ones only."""
     score, calls = Evaluator.score, []
 
     def sick(self: Evaluator, policy: Policy, seeds: int | None = None) -> Any:
@@ -525,8 +550,11 @@ def test_a_policy_that_gives_nan_loses_its_trial_only(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Evaluator, "score", sick)
     outcome = run_in(tmp_path / "run", settings())
-    lines = (tmp_path / "run" / "trials.csv").read_text().splitlines()
-    assert len([line for line in lines if "the model drew NaN" in line and "PRUNED" in line]) == 1
+    with (tmp_path / "run" / "trials.csv").open(newline="", encoding="utf-8") as file:
+        lost = [line for line in csv.DictReader(file) if line["reason"] == "the model drew NaN"]
+    first, *twins = lost
+    assert {line["state"] for line in lost} == {"PRUNED"} and first["duplicate_of"] == ""
+    assert {line["duplicate_of"] for line in twins} <= {first["trial"]}
     assert outcome.result.policy.measured is not None
 
 

@@ -7,6 +7,7 @@ import datetime
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -348,6 +349,23 @@ def test_a_failed_trial_is_tried_again(folder: Path, at_once: bool) -> None:
     again, same = propose(book)
     assert same == params and again.user_attrs == {"retry_of": 0, "retry": 1}
     assert book.proposed() == 1
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["refused", "failed"])
+def test_a_refusal_is_taken_over_and_a_failure_is_not(folder: Path, failed: bool) -> None:
+    """What was cut off says nothing of its proposal: an equal one is scored, whenever it comes."""
+    book = ledger(folder)
+    book.give_up(propose(book)[0], "NaN", failed=failed, notes={"proposal": "d+1"})
+    book = ledger(folder)
+    trial, _ = propose(book)
+    assert not book.told(trial, SimpleNamespace(key="d+2"))
+    assert book.told(trial, SimpleNamespace(key="d+1")) != failed
+    assert book.reasons() == ({} if failed else {"NaN": 2})
+    path = folder / "trials.csv"
+    book.write_csv(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        twin = [*csv.DictReader(file)][1]
+    assert (twin["duplicate_of"], twin["reason"]) == (("", "") if failed else ("0", "NaN"))
 
 
 def test_a_resumed_run_proposes_something_else(folder: Path) -> None:

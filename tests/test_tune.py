@@ -24,8 +24,9 @@ from autofr.errors import JobsError
 from autofr.policy_file import load
 from autofr.search import folder as folders
 from autofr.search import search
-from autofr.tune import child, jobs, tune
-from autofr.tune.tune import GRACE
+from autofr.tune import child, job_file, states, tune
+from autofr.tune.jobs import Job, Plan
+from autofr.tune.processes import GRACE
 
 # A job's process whose search is a few lines; what it does goes by the job's name.
 CHILD = """
@@ -62,8 +63,8 @@ child.main()
 DRIVER = """
 import functools, sys
 from autofr.cli.app import main
-from autofr.tune import jobs, tune
-jobs.read_checked = jobs.read
+from autofr.tune import job_file, tune
+job_file.read_checked = job_file.read
 tune.run = functools.partial(tune.run, child=[sys.executable, "-c", {child!r}])
 main()
 """
@@ -77,12 +78,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def plan_of(*names: str) -> jobs.Plan:
+def plan_of(*names: str) -> Plan:
     Path("jobs.toml").write_text("".join(f'[[job]]\nname = "{name}"\n' for name in names))
-    return jobs.read(Path("jobs.toml"))
+    return job_file.read(Path("jobs.toml"))
 
 
-def run(plan: jobs.Plan, **options: Any) -> dict[str, str]:
+def run(plan: Plan, **options: Any) -> dict[str, str]:
     """Run a plan with the process above; the state of every job."""
     lines = tune.run(plan, child=[sys.executable, "-c", CHILD], **options)
     return {line.job: line.state for line in lines}
@@ -133,7 +134,7 @@ def driver(*words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def status() -> dict[str, str]:
-    return {line.job: line.state for line in tune.status(jobs.read(Path("jobs.toml")))}
+    return {line.job: line.state for line in states.status(job_file.read(Path("jobs.toml")))}
 
 
 # -- one after another ----------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_what_is_finished_is_skipped() -> None:
     plan = plan_of("b", "a", "c")
     assert set(run(plan).values()) == {"finished"}
     assert ran() == ["b", "a", "c"]
-    assert tune.exit_code(tune.status(plan)) == 0
+    assert states.exit_code(states.status(plan)) == 0
     run(plan)
     assert ran() == ["b", "a", "c"]
 
@@ -153,10 +154,10 @@ def test_a_job_that_fails_does_not_stop_the_others() -> None:
     """Errors and killed processes end one job, with their reason; the next command tries again."""
     plan = plan_of("fails", "dies", "good", "short")
     assert [*run(plan).values()] == ["failed", "failed", "finished", "short"]
-    first, second, *_ = tune.status(plan)
+    first, second, *_ = states.status(plan)
     assert first.reason == "RuntimeError: this one fails"
     assert "SIGKILL" in second.reason and "dies.log" in second.reason
-    assert tune.exit_code(tune.status(plan)) == 1
+    assert states.exit_code(states.status(plan)) == 1
     assert "fails\n" in (plan.home / "fails.log").read_text()  # the traceback
     run(plan)
     assert Counter(ran()) == {"fails": 2, "dies": 2, "short": 2, "good": 1}
@@ -176,7 +177,7 @@ def test_no_job_starts_when_the_time_is_up() -> None:
     """What has not started waits; who starts is told how many seconds are left."""
     plan = plan_of("a", "b")
     assert run(plan, seconds=0) == {"a": "waiting", "b": "waiting"}
-    assert ran() == [] and tune.exit_code(tune.status(plan)) == 1
+    assert ran() == [] and states.exit_code(states.status(plan)) == 1
     run(plan, seconds=1000)
     left = [float(line.split()[2]) for line in Path("ran.txt").read_text().splitlines()]
     assert 0 < left[1] < left[0] <= 1000
@@ -199,9 +200,9 @@ def test_it_is_watched_and_stopped_from_outside(number: int) -> None:
     """Others see what runs, and cannot run it too; a signal stops it, and the rest comes later."""
     plan = plan_of("a", "waits", "c")
     with driver() as born:
-        wait(lambda: status().get("waits") == "running" and tune.status(plan)[1].stage)
+        wait(lambda: status().get("waits") == "running" and states.status(plan)[1].stage)
         assert status() == {"a": "finished", "waits": "running", "c": "waiting"}
-        assert tune.status(plan)[1].stage == "trials 1/3"
+        assert states.status(plan)[1].stage == "trials 1/3"
         with pytest.raises(JobsError, match="another autofr process runs these jobs"):
             run(plan)
         born.send_signal(number)
@@ -224,7 +225,7 @@ def test_kill_9_leaves_nothing_behind_and_loses_nothing() -> None:
         born.wait()
         wait(lambda: not any(map(alive, pids())))
     assert status() == {"a": "finished", "waits": "stopped", "c": "waiting"}
-    assert tune.status(plan)[1].reason == "its process is gone"
+    assert states.status(plan)[1].reason == "its process is gone"
     Path("go").touch()
     with driver() as born:
         out, _ = born.communicate(timeout=60)
@@ -235,7 +236,7 @@ def test_kill_9_leaves_nothing_behind_and_loses_nothing() -> None:
 # -- the search of a job --------------------------------------------------------------------------
 
 
-def order_of(job: jobs.Job, plan: jobs.Plan, seconds: float | None = None) -> dict[str, Any]:
+def order_of(job: Job, plan: Plan, seconds: float | None = None) -> dict[str, Any]:
     requests = {job.name: job.request.model_dump(mode="json")}
     return {"requests": requests, "seconds": seconds, "shelf": str(plan.shelf)}
 
@@ -273,10 +274,10 @@ def tiny_file(budget: str, trials: int = 1) -> str:
     )
 
 
-def tiny_plan() -> jobs.Plan:
+def tiny_plan() -> Plan:
     """Two budgets of one tiny model."""
     Path("jobs.toml").write_text(tiny_file('["1.3x", "1.5x"]'))
-    return jobs.read(Path("jobs.toml"))
+    return job_file.read(Path("jobs.toml"))
 
 
 def test_jobs_of_one_pipe_are_measured_once() -> None:
@@ -332,7 +333,7 @@ def test_what_is_expected_says_what_is_unknown() -> None:
     """A job whose budget is met already has no time; the others have, and more trials take more."""
     Path("jobs.toml").write_text(tiny_file('["1.3x", "90s"]') + tiny_file('"1.3x"', 50))
     told: list[dict[str, Any]] = []
-    plan = jobs.read(Path("jobs.toml"))
+    plan = job_file.read(Path("jobs.toml"))
     requests = {job.name: job.request.model_dump(mode="json") for job in plan.jobs}
     with small():
         child._estimate({"requests": requests}, lambda **event: told.append(event))
@@ -345,7 +346,7 @@ def test_what_is_expected_says_what_is_unknown() -> None:
 def test_jobs_of_one_pipe_are_timed_once() -> None:
     """A dry run starts a process per pipe, says what a process did not, and writes nothing."""
     Path("jobs.toml").write_text('[[job]]\nbatch = [1, 2]\nbudget = ["2x", "3x"]\n')
-    plan = jobs.read(Path("jobs.toml"))
+    plan = job_file.read(Path("jobs.toml"))
     found = tune.foresee(plan, child=[sys.executable, "-c", CHILD])
     assert [one.job for one in found] == [*plan.jobs]
     assert [one.seconds for one in found] == [60.0, None, 60.0, None]

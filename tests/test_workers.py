@@ -31,7 +31,7 @@ from test_search import few_rows, settings, stop_at, work_clock
 
 from autofr.cli import app
 from autofr.cli.worker import submit
-from autofr.errors import MeasurementError, StorageError, redacted
+from autofr.errors import AutofrError, BudgetError, MeasurementError, StorageError, redacted
 from autofr.policy_file import load
 from autofr.request import Request, remade
 from autofr.search.address import ENVIRONMENT, LONGEST, checked
@@ -45,7 +45,7 @@ from autofr.search.queue import PAUSES, Queue, joined, pause
 from autofr.search.search import Search
 from autofr.search.shared import QUEUED, Helped, Share, SharedLedger
 from autofr.search.trial import Outcome, Proposal, Scorer
-from autofr.search.trials import Trials
+from autofr.search.trials import Own, Trials
 from autofr.search.worker import work
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +180,23 @@ def test_an_error_that_is_no_number_ends_its_trial(error: float) -> None:
     """Optuna would close it without a word, or keep infinity; here it has a reason."""
     with pytest.raises(MeasurementError, match=r"unaccelerated pipe is (nan|inf)"):
         Scorer(None, settings(), None).value(SimpleNamespace(errors=np.array([0.1, error])))
+
+
+@pytest.mark.parametrize(
+    "kind", [BudgetError, MeasurementError, MemoryError, RuntimeError, OSError]
+)
+def test_only_what_a_proposal_is_to_blame_for_is_its_outcome(kind: type[Exception]) -> None:
+    """That is kept with its key, for equal ones; want of memory or a lost line passes through."""
+
+    def fails(policy: Any, seeds: int) -> Any:
+        raise kind("out of memory")
+
+    scorer, one = Scorer(None, settings(), SimpleNamespace(score=fails)), proposal(0)
+    if issubclass(kind, AutofrError):
+        assert scorer.outcome(one) == Outcome(None, {"proposal": one.key}, "out of memory")
+        return
+    with pytest.raises(kind, match="out of memory"):
+        scorer.outcome(one)
 
 
 # -- the database ---------------------------------------------------------------------------------
@@ -351,15 +368,15 @@ EQUAL = [1, 1, 1, 1, 1, 2, 3, 2]
 TOLD = [(1.0, False), *[(1.0, True)] * 4, (2.0, False), (2.0, True), (3.0, False)]
 
 
-def trials_of(book: Ledger, hands: Any, numbers: list[int]) -> Trials:
-    """Trials that propose these numbers, one after another."""
+def trials_of(book: Ledger, hands: Any, numbers: list[int], count: int = len(EQUAL)) -> Trials:
+    """So many trials that propose these numbers, one after another."""
     coming = iter(numbers)
 
     def propose_next(trial: Any) -> Proposal:
         trial.suggest_float("x", 0, 1)
         return proposal(next(coming))
 
-    given = settings(trials=len(EQUAL))
+    given = settings(trials=count)
     return Trials(book, given, hands, {}, [], propose_next, lambda *_: None)
 
 
@@ -386,12 +403,43 @@ def test_equal_proposals_are_scored_once(postgres: Postgres) -> None:
         assert [one.state.name for one in book._proposer.trials] == ["COMPLETE"] * 8
 
 
-def test_twins_of_what_is_refused_wait_no_longer(postgres: Postgres) -> None:
-    """Where the one that is at work ends without a value, the search goes on, and ends."""
-    with driver(postgres) as book:
-        hands = Helped(book, SimpleNamespace(outcome=lambda one: Outcome(reason="NaN")))
-        trials_of(book, hands, [1] * len(EQUAL)).run()
-        assert states(book) == ["PRUNED"] * len(EQUAL)
+def refused(one: Proposal) -> Outcome:
+    """Equal proposals give NaN; the key is noted, as a scorer does."""
+    return Outcome(notes={"proposal": one.key}, reason="NaN") if one.rollouts == 1 else keyed(one)
+
+
+def test_twins_of_what_is_refused_take_that_over(postgres: Postgres) -> None:
+    """Where the one at work ends without a value, its twins do, also those of the next driver."""
+    begun: list[int] = []
+
+    def scored(one: Proposal) -> Outcome:
+        begun.append(one.rollouts)
+        return refused(one)
+
+    for count in (len(EQUAL), len(EQUAL) + 1):
+        with driver(postgres) as book:
+            hands = Helped(book, SimpleNamespace(outcome=scored))
+            trials_of(book, hands, [1] * count, count).run()
+            assert states(book) == ["PRUNED"] * count and book.reasons() == {"NaN": count}
+            assert sum("duplicate_of" in one.user_attrs for one in book._trials()) == count - 1
+    assert begun == [1]
+
+
+def test_twins_of_what_is_cut_off_are_scored(tmp_path: Path) -> None:
+    """The death of who had an equal proposal is not taken over; what is found later is."""
+    begun: list[int] = []
+
+    class Mortal(Own):
+        def over(self) -> list[tuple[Any, Outcome | None]]:
+            begun.append(1)
+            return [(trial, one if begun[1:] else None) for trial, one in super().over()]
+
+    (tmp_path / STATE).mkdir()
+    book = Ledger(tmp_path, 0, "tiny")
+    hands = Mortal(SimpleNamespace(outcome=keyed))
+    trials_of(book, hands, [1] * (len(EQUAL) + 1)).run()
+    assert told(book) == [(1.0, False), *[(1.0, True)] * (len(EQUAL) - 1)]
+    assert book.reasons() == {} and len(begun) == 2
 
 
 def test_a_look_reads_the_study_twice(postgres: Postgres, monkeypatch: Any) -> None:
@@ -414,14 +462,18 @@ def test_a_look_reads_the_study_twice(postgres: Postgres, monkeypatch: Any) -> N
         assert len(reads) == 2 and len(trials._twins) == QUEUED - 1
 
 
-def quick(model: Path) -> tuple[Any, Settings]:
+def quick(model: Path, end: Callable[[Proposal], Outcome]) -> tuple[Any, Settings]:
     """Make the pipe of a child that only counts."""
-    Scorer.outcome = lambda self, one: keyed(one)  # type: ignore[method-assign]
+    Scorer.outcome = lambda self, one: end(one)  # type: ignore[method-assign]
     return made(model)
 
 
+@pytest.mark.parametrize("end", [keyed, refused])
 def test_children_score_equal_proposals_once(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: Callable[[Proposal], Outcome],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No two children have the same in hand: as many twins as there are children wait for it."""
     monkeypatch.setattr("autofr.search.crew._SPAWN", context())
@@ -440,11 +492,12 @@ def test_children_score_equal_proposals_once(
     monkeypatch.setattr(Crew, "over", over)
     (tmp_path / STATE).mkdir()
     book = Ledger(tmp_path, 0, "tiny")
-    with Crew(2, partial(quick, model)) as children:
+    with Crew(2, partial(quick, model, end)) as children:
         trials = trials_of(book, children, EQUAL)
         trials.run()
     assert sorted(begun) == [1, 2, 3] and most[0] == max(most) == 2
-    assert told(book) == TOLD
+    lost = 5 if end is refused else 0
+    assert told(book) == TOLD[lost:] and book.reasons().total() == lost
 
 
 def test_the_proposer_learns_what_workers_find(postgres: Postgres) -> None:
@@ -747,9 +800,18 @@ main()
 
 
 def test_workers_find_what_one_process_finds(
-    model: Path, alone: dict[str, float], postgres: Postgres, tmp_path: Path, monkeypatch: Any
+    model: Path,
+    alone: dict[str, float],
+    postgres: Postgres,
+    tmp_path: Path,
+    tmp_path_factory: Any,
+    monkeypatch: Any,
 ) -> None:
-    """`autofr worker` scores what `autofr search` queues, with the same results, and then ends."""
+    """`autofr worker` scores what `autofr search` queues, with the same results, and then ends.
+
+    It takes turns with the other workers of its machine.
+    """
+    monkeypatch.setenv("TMPDIR", str(turns := tmp_path_factory.mktemp("turns")))
     monkeypatch.setattr(SharedLedger, "take", lambda *_: False)  # the driver leaves all to others
     share = Share(postgres.url, None, asked(model).model_dump(mode="json"), (1, 30))
     run = Search(*made(model), tmp_path, on_progress=stop_at("table"), share=share)
@@ -758,6 +820,7 @@ def test_workers_find_what_one_process_finds(
         assert found(run) == pytest.approx(alone)
         assert re.fullmatch("[1-5] trials scored", heard(worker)) and worker.wait(ANSWER) == 0
     assert f"{socket.gethostname()}-{worker.pid}" in (tmp_path / "trials.csv").read_text()
+    assert list(turns.glob("autofr-*/core-*.lock"))
     assert not list((tmp_path / STATE).glob("*.db"))
     assert postgres.query("SELECT study_name FROM studies") == [(run._provenance(5).study,)]
 

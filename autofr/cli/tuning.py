@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +14,10 @@ import typer
 from autofr.cli import console
 from autofr.cli.options import Json
 from autofr.errors import UserError
-from autofr.tune import jobs, tune
+from autofr.tune import job_file, states, tune
 from autofr.tune.jobs import Job
-from autofr.tune.tune import Expected, Line
+from autofr.tune.states import Line
+from autofr.tune.tune import Expected
 
 app = typer.Typer()
 
@@ -54,10 +56,10 @@ def tune_(
     if status and (dry_run or time_limit):
         raise UserError("--status goes with neither --dry-run nor --time-limit: it runs nothing")
     if status:
-        lines = tune.status(jobs.read(file, out, root))
+        lines = states.status(job_file.read(file, out, root))
         _show(lines, as_json)
-        raise typer.Exit(tune.exit_code(lines))
-    plan = jobs.read_checked(file, out, root)
+        raise typer.Exit(states.exit_code(lines))
+    plan = job_file.read_checked(file, out, root)
     if dry_run:
         _show_expected(tune.foresee(plan), as_json)
         return
@@ -67,10 +69,10 @@ def tune_(
             lines = tune.run(plan, time_limit, follow)
         except KeyboardInterrupt:
             bars.close()
-            _show(tune.status(plan), as_json)
+            _show(states.status(plan), as_json)
             raise
     _show(lines, as_json)
-    raise typer.Exit(tune.exit_code(lines))
+    raise typer.Exit(states.exit_code(lines))
 
 
 class _Follow:
@@ -100,8 +102,7 @@ def _show(lines: Sequence[Line], as_json: bool) -> None:
         return
     rows = [["job", "state", "minutes", "speed-up", "error", "remark"]]
     console.table(rows + [_row(line) for line in lines])
-    states = [line.state for line in lines]
-    counts = {name: states.count(name) for name in dict.fromkeys(states)}
+    counts = Counter(line.state for line in lines)
     typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

@@ -70,9 +70,11 @@ def worker(
             typer.echo(f"job {job.job_id}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from autofr.runtime.points import device_of
     from autofr.search.facts import check_code, check_worker
     from autofr.search.queue import joined
     from autofr.search.trial import Scorer
+    from autofr.search.turns import in_turn
     from autofr.search.worker import work
 
     with joined(storage, study, idle_limit, console.say) as queue:
@@ -86,8 +88,9 @@ def worker(
         pipe, settings = remade(json.dumps(facts["request"]), threads=threads, **changes)
         settings = check_worker(facts, pipe, settings)
         console.say(f"helps {queue.study_name}")
-        scorer = Scorer.alone(pipe, settings)
-        done = work(queue, scorer.outcome, max_trials, idle_limit, console.say)
+        alone = Scorer.alone(pipe, settings).outcome
+        score = in_turn(alone, threads) if device_of(pipe).type == "cpu" else alone
+        done = work(queue, score, max_trials, idle_limit, console.say)
     typer.echo(f"{done} trials scored")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ import torch
 from autofr import files, reading
 from autofr.errors import MeasurementError, damaged
 from autofr.measure.costs import Costs
-from autofr.runtime import guidance
+from autofr.runtime import guidance, halves
 from autofr.runtime.clock import bare_scheduler
-from autofr.runtime.families import discover
+from autofr.runtime.families import reusable
 from autofr.runtime.held import forms
 from autofr.runtime.patch import Patch
 from autofr.runtime.points import Pipe, Point, find_denoiser
@@ -33,16 +33,26 @@ from autofr.runtime.sampler import batches, draw
 Masks = Mapping[str, tuple[str, ...]]
 MAX_BYTES = 2**31
 """Of a calibration, unpacked."""
+GUIDANCE = "guidance"
+"""Name of the mask that computes one guidance branch."""
 _log = logging.getLogger("autofr")
 
 
-def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
+def no_branch() -> np.ndarray:
+    """Products of no guidance branch."""
+    return np.zeros((0, 0, 0))
+
+
+def candidate_masks(
+    points: Mapping[str, Point], branch: int | None = None
+) -> dict[str, tuple[str, ...]]:
     """Name the masks worth calibrating: the published ones and the nested cuts of the network.
 
     U-Nets: `frdiff` (first convolutions and attention or spatial transformers), `branches`
     (residual branches and the same), `attn`, and one `cut` per `stage` point (DeepCache).
     Transformers: `frdiff` (all sub-layers), `attn`, `cross`, `ff`, and one `run` per run of
-    blocks to the end of its list.
+    blocks to the end of its list. Both: `guidance`, where `branch` of a batched one can be
+    computed alone.
     """
     by_kind: dict[str, list[str]] = {}
     for name, point in points.items():
@@ -58,6 +68,8 @@ def candidate_masks(points: Mapping[str, Point]) -> dict[str, tuple[str, ...]]:
     found |= {f"cut{depth}": [name] for depth, name in enumerate(by_kind.get("stage", []))}
     runs = [name for name in by_kind.get("block", []) if points[name].enter_at is not None]
     found |= {f"run{index}": [name] for index, name in enumerate(runs)}
+    if branch is not None:
+        found[GUIDANCE] = [[*halves.POINTS][branch]]
     return {name: tuple(mask) for name, mask in found.items() if mask}
 
 
@@ -92,8 +104,11 @@ class Calibration:
 
     `teacher` (N, N): teacher's scores with each other. `cross` (M, N, G, N): reduced score of
     mask m at step i, kept at i - 1 - g', with the teacher's score j. `own` (M, N, G): the reduced
-    score with itself. Entries that no keyframe reaches are NaN. `gain` (N,): how a unit error of
-    the score at a step moves the final latents. `norm`: mean squared norm of the final latents.
+    score with itself. Entries that no keyframe reaches are NaN, as are those of a mask that
+    computes one guidance branch: of its scores, which need no further run, `branch` (2, N, N) has
+    the products with the teacher's (row: the teacher's step) and with each other; it is empty where
+    no mask does. `gain` (N,): how a unit error of the score at a step moves the final latents.
+    `norm`: mean squared norm of the final latents.
     `switch`: the step at which a second denoiser takes over; 0 where there is one only.
     `stages`: the most calls of the denoiser, per guidance branch, that make up a step after the
     first one. Steps are those that run: the `first` of a call are left out where it starts from a
@@ -109,6 +124,7 @@ class Calibration:
     switch: int = 0
     first: int = 0
     stages: int = 1
+    branch: np.ndarray = field(default_factory=no_branch)
 
     @property
     def steps(self) -> int:
@@ -124,13 +140,17 @@ class Calibration:
     def max_gap(self) -> int:
         return self.own.shape[2]
 
+    def halved(self, name: str) -> bool:
+        """Whether a mask computes one guidance branch: its scores are in `branch`."""
+        return name == GUIDANCE
+
     def save(self, path: Path) -> None:
         """Write an .npz file, atomically."""
         packed = io.BytesIO()
         np.savez_compressed(
             packed, masks=np.array(self.masks), teacher=self.teacher, cross=self.cross,
             own=self.own, gain=self.gain, norm=self.norm, switch=self.switch,
-            first=self.first, stages=self.stages,
+            first=self.first, stages=self.stages, branch=self.branch,
         )  # fmt: skip
         files.write(path, packed.getvalue())
 
@@ -147,6 +167,7 @@ class Calibration:
                 file["gain"], float(file["norm"]), int(file["switch"]),
                 int(file["first"]) if "first" in file else 0,  # runs of older versions
                 int(file["stages"]) if "stages" in file else 1,
+                file.get("branch", no_branch()),
             )  # fmt: skip
             found._check_shapes()
             return found
@@ -160,8 +181,10 @@ class Calibration:
         """
         M, N, G = self.own.shape
         shapes = [one.shape for one in (self.teacher, self.cross, self.gain)]
-        numbers = (self.teacher, self.cross, self.own, self.gain)
+        numbers = (self.teacher, self.cross, self.own, self.gain, self.branch)
         if shapes != [(N, N), (M, N, G, N), (N,)] or len(self.masks) != M or N < 1:
+            raise ValueError("shapes differ")
+        if self.branch.size and self.branch.shape != (2, N, N):
             raise ValueError("shapes differ")
         if not all(np.issubdtype(one.dtype, np.floating) for one in numbers):
             raise ValueError("not numbers")
@@ -211,6 +234,7 @@ def _together(parts: Sequence[Calibration]) -> Calibration:
         switch=first.switch,
         first=first.first,
         stages=first.stages,
+        branch=sum(part.branch for part in parts),  # type: ignore[arg-type]
     )
 
 
@@ -233,13 +257,15 @@ def _calibrate(
     if not bool(scores.isfinite().all()):
         raise MeasurementError("the model returned NaN or infinity during calibration")
     cross, own = np.full((m, n, max_gap, n), np.nan), np.full((m, n, max_gap), np.nan)
-    points = discover(find_denoiser(pipe))
+    points = reusable(find_denoiser(pipe))
     patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()]).install()
+    branches = [halves.branch_of(mask) for mask in masks.values()]
+    within = [index for index, one in enumerate(branches) if one is None]
     try:
         for key in range(n - 1):
             teacher.run(key, patch.keyframe)
             for gap in range(1, min(max_gap, teacher.last_of(key) - key) + 1):
-                for index in range(m):
+                for index in within:
                     step = key + gap
                     outputs = teacher.run(step, partial(patch.reduced, index + 1))
                     reduced = teacher.score(step, outputs)
@@ -253,8 +279,21 @@ def _calibrate(
     gain = step_gains(tape, drawn) / teacher.slopes
     norm = float(final.square().sum())
     stages = max([1, *(tape.ran.count(step) for step in {*tape.ran} - {tape.ran[0]})])
+    branch = no_branch()
+    for half in {one for one in branches if one is not None}:
+        halved = torch.stack([teacher.score(i, teacher.alone(i, half)) for i in range(n)])
+        branch = torch.stack([scores @ halved.T, halved @ halved.T]).cpu().numpy()
     return Calibration(
-        tuple(masks), products, cross, own, gain, norm, teacher.switch, teacher.first, stages
+        tuple(masks),
+        products,
+        cross,
+        own,
+        gain,
+        norm,
+        teacher.switch,
+        teacher.first,
+        stages,
+        branch,
     )
 
 
@@ -296,6 +335,10 @@ class _Teacher:
             with mode(branch=(0, branch)):
                 outputs.append(call.module(*args, **kwargs)[0])
         return outputs
+
+    def alone(self, step: int, branch: int) -> list[torch.Tensor]:
+        """What one guidance branch alone says of a step, in the place of both."""
+        return [halves.spread(call.output.chunk(2)[branch]) for call in self._calls[step]]
 
     def last_of(self, key: int) -> int:
         """The last step that a keyframe serves: the end, or the denoiser's last."""

@@ -20,7 +20,7 @@ from autofr.policy import Policy
 from autofr.runtime import guidance
 from autofr.runtime.clock import bare_scheduler
 from autofr.runtime.held import Form
-from autofr.runtime.points import Pipe
+from autofr.runtime.points import Pipe, experts
 from autofr.runtime.recording import Tape, again, record
 from autofr.runtime.sampler import batches, draw, reuse
 
@@ -39,11 +39,13 @@ class _Path(NamedTuple):
 class Trajectory:
     """The teacher's latents after every pass that ran, on batches of calibration seeds.
 
-    `steps` maps each of these passes to its solver step.
+    `steps` maps each of these passes to its solver step; at `switch` a second denoiser takes over
+    (0 where there is one only), which has nothing of what the first one kept.
     """
 
     steps: tuple[int, ...]
     parts: tuple[_Path, ...]
+    switch: int = 0
 
     def fits(self, policy: Policy) -> bool:
         """Whether the policy has the same steps, and reuses only at those of one pass."""
@@ -57,12 +59,13 @@ def trajectory(
     pipe: Pipe, seeds: Sequence[int], steps: int, batch: int | None = None
 ) -> Trajectory:
     """Run the teacher once and keep its path (a few hundred kilobytes for latent models)."""
-    parts = []
+    parts, calls = [], len(experts(pipe)) > 1
     for some in batches(seeds, batch):
-        with record(pipe) as tape:
+        with record(pipe, calls=calls) as tape:
             draw(pipe, some, steps)
         parts.append(_Path(tuple(some), tuple(tape.latents), tape.drawn()))
-    return Trajectory(tuple(tape.ran), tuple(parts))
+    later = (tape.steps[call.at] for call in tape.calls if call.module is not tape.calls[0].module)
+    return Trajectory(tuple(tape.ran), tuple(parts), next(later, 0))
 
 
 class _Mixed(NamedTuple):
@@ -87,7 +90,7 @@ def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) ->
     if not isinstance(policy.mix, Table) or not teacher.fits(policy):
         return policy
     for _ in range(rounds):
-        rows = _opened(policy, teacher.steps)
+        rows = _opened(policy, teacher)
         policy = policy.model_copy(update={"mix": Table(weights=tuple(rows))})
         sums: dict[int, list[_Normal]] = {}
         for path in teacher.parts:
@@ -101,15 +104,16 @@ def correct(pipe: Pipe, policy: Policy, teacher: Trajectory, rounds: int = 1) ->
     return policy
 
 
-def _opened(policy: Policy, steps: Sequence[int]) -> list[tuple[float, ...]]:
+def _opened(policy: Policy, teacher: Trajectory) -> list[tuple[float, ...]]:
     """The rows of a table, those of keyframes ready to be fitted: full weight on the own score."""
     rows = [policy.weights(i) for i in range(len(policy.steps))]
     kept = max([1, *(len(row) - 1 for row in rows)])
-    keys, reused = [step for step in policy.keyframes if step in steps], False
+    keys, reused = [step for step in policy.keyframes if step in teacher.steps], False
     for number, step in enumerate(keys):
         reused = reused or step != keys[0] + number  # all that ran before are keyframes else
-        if reused and steps.count(step) == 1:
-            rows[step] = rows[step] or (1.0, *[0.0] * min(kept, number))
+        known = sum((key >= teacher.switch) == (step >= teacher.switch) for key in keys[:number])
+        if reused and known and teacher.steps.count(step) == 1:
+            rows[step] = rows[step] or (1.0, *[0.0] * min(kept, known))
     return rows
 
 

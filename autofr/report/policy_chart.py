@@ -13,6 +13,8 @@ from autofr.report.svg import drawing, mark, node, rect
 OFF = "left out"  # steps that do not run: calls that start from a picture begin in the middle
 SHADES = 8  # colours of masks in the style sheet
 SCORES = ("score found here", "last keyframe's score", "the keyframe's before", "older keyframes'")
+BRANCHES = ("branch found here", "last keyframe's difference", *SCORES[2:])
+"""Where a mask computes one guidance branch."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,11 @@ def kinds(policy: Policy, known: Sequence[frozenset[str]] = ()) -> list[Kind]:
 
 
 def _points(points: Sequence[str]) -> str:
-    more = f" and {len(points) - 1} more" if points[1:] else ""
-    return f"kept and reused: {points[0]}{more}"
+    inner = [point for point in points if "#guidance" not in point]
+    branch = "one guidance branch is computed, the other one's difference reused"
+    more = f" and {len(inner) - 1} more" if inner[1:] else ""
+    kept = [f"kept and reused: {inner[0]}{more}"] if inner else []
+    return "; ".join(([branch] if len(inner) < len(points) else []) + kept)
 
 
 def strip(
@@ -102,7 +107,8 @@ def mix(policy: Policy) -> Chart:
     gap = 0.08 if n <= 120 else 0.0
     for i, row in enumerate(rows):
         if any(row):
-            said = ", ".join(f"{w:.3f} of the {s}" for w, s in zip(row, SCORES, strict=True) if w)
+            names = BRANCHES if policy.steps[i] in policy.halved else SCORES
+            said = ", ".join(f"{w:.3f} of the {s}" for w, s in zip(row, names, strict=True) if w)
             bars = mark(root, f"step {i}: {said}")
             rect(bars, (i, -high, 1, high - low), "catch")
             _stack(bars, row, i + gap / 2, 1 - gap)

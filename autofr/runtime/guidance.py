@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from autofr.errors import ModelError
 from autofr.policy import Guidance
+from autofr.runtime import halves
 from autofr.runtime.points import Pipe, name_of, sample_of
 from autofr.runtime.recording import Call, Tape, record
 from autofr.runtime.sampler import draw
@@ -24,7 +25,14 @@ SAME = 0.01  # relative difference of two runs of one seed that is put down to r
 LINEAR = 0.02  # relative error above which a step is not called linear
 
 
-def of(pipe: Pipe, steps: int = 3) -> Guidance:
+class Branches(NamedTuple):
+    """How a step calls its branches, and which half of the batch can be computed alone, if one."""
+
+    kind: Guidance
+    alone: int | None = None
+
+
+def of(pipe: Pipe, steps: int = 3) -> Branches:
     """Tell from a short run how many branches a step has, and whether they share a call.
 
     Args: steps, of a call that runs a few of them.
@@ -33,16 +41,29 @@ def of(pipe: Pipe, steps: int = 3) -> Guidance:
     with record(pipe, calls=True) as tape:
         once = draw(pipe, [0], steps).latents
     check_plannable(pipe, tape)
-    if float((draw(pipe, [0], steps).latents - once).norm() / once.norm()) > SAME:
+    calls = tape.passes()[tape.begin]
+    branch = _heavier(calls, tape.scores[0])
+    with halves.tried(calls[0].module, branch) as separable:
+        again = draw(pipe, [0], steps).latents
+    if float((again - once).norm() / once.norm()) > SAME:
         raise ModelError(
             f"{name_of(pipe)} draws noise that no seed decides, so that no two runs can be compared"
             f" (it gives {type(pipe.scheduler).__name__} no generator): take a solver that draws"
             " none, or eta=0"
         )
-    calls = tape.passes()[tape.begin]
     if len(calls) > 1:
-        return "split"
-    return "batched" if len(calls[0].output) > 1 else "none"
+        return Branches("split")
+    if len(calls[0].output) == 1:
+        return Branches("none")
+    return Branches("batched", branch if any(separable) else None)
+
+
+def _heavier(calls: Sequence[Call], score: torch.Tensor) -> int | None:
+    """The branch of more weight, of two in one call for one sample; None: there are not two."""
+    weights = fit([calls[0].output], score, 1).weights if len(calls) == 1 else None
+    if weights is None or len(weights) != 2:
+        return None
+    return int(weights.reshape(2, -1).mean(1).argmax())
 
 
 def check_plannable(pipe: Pipe, tape: Tape) -> None:

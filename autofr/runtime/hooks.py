@@ -12,7 +12,7 @@ from torch import nn
 
 from autofr.errors import PolicyError
 from autofr.runtime.points import Given, Point
-from autofr.runtime.store import MISSING, Run, Slot
+from autofr.runtime.store import MISSING, Run, Slot, map_tensors
 
 HOOK = "autofr"
 
@@ -142,7 +142,14 @@ class Leaf(Hook):
         return output
 
 
-def restore(point: Point, slot: Slot, module: nn.Module, given: Given) -> Any:
-    """What a module gives where the next held value of a point is put back; MISSING without one."""
+def restore(point: Point, slot: Slot, half: int | None, module: nn.Module, given: Given) -> Any:
+    """What a module gives where the next held value of a point is put back; MISSING without one.
+
+    `half`: of the batch, where a call computes no more than one (see `halves`).
+    """
     held = slot.take()
-    return MISSING if held is MISSING else point.restore(module, given, held)
+    if held is MISSING:
+        return MISSING
+    if half is not None:
+        held = map_tensors(lambda tensor: tensor.chunk(2)[half], held)
+    return point.restore(module, given, held)

@@ -13,6 +13,7 @@ too; policies with many masks need a higher `torch._dynamo.config.recompile_limi
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,12 @@ import torch
 from torch import nn
 
 from autofr.errors import PolicyError
-from autofr.runtime import bar
+from autofr.runtime import bar, halves
 from autofr.runtime.clock import Clock, Listener, solver_steps
 from autofr.runtime.held import Form, forms
 from autofr.runtime.hooks import Hook, Leaf, StatefulHook, restore
 from autofr.runtime.points import Given, Pipe, Point, experts, sample_of, timestep_of
-from autofr.runtime.store import COMPUTE, Branch, Packing, Run, mix, signature, tensors_in
+from autofr.runtime.store import COMPUTE, Branch, Kept, Packing, Run, mix, signature, tensors_in
 
 HOLD = -1  # a jump: the denoiser is not called
 BREAK = (
@@ -37,6 +38,7 @@ BREAK = (
 )
 
 _COUNTED = {COMPUTE: "key", HOLD: "jump"}  # else: mask
+_log = logging.getLogger("autofr")
 
 Row = tuple[int, tuple[float, ...]]
 """One step of a compiled policy: mask index and mix weights."""
@@ -127,6 +129,8 @@ class _Root(StatefulHook):
             kept.signature = now
         if len(kept.scores) < max(int(mask != COMPUTE), len(weights) - 1):
             mask, weights = COMPUTE, ()
+        if self.patch.halves[mask] is not None and not self._guided(kept, given):
+            mask, weights = COMPUTE, ()
         if mask == COMPUTE:
             kept.anchors = [weakref.ref(tensor) for tensor in tensors_in(given)]
         self.counts[_COUNTED.get(mask, "mask")] += 1
@@ -140,6 +144,7 @@ class _Root(StatefulHook):
         """Mix with what is held; then hold a keyframe's own score. Returns the call's output."""
         self.run.mask, self.run.keep = COMPUTE, False
         plain = call.weights == () or (call.weights == (1.0,) and not self.patch.on_mix)
+        plain = plain and self.patch.halves[call.mask] is None
         mixed = None if plain else self._mixed(call, None if output is None else output[0])
         if call.mask == COMPUTE:
             self._hold(call, output)
@@ -167,6 +172,18 @@ class _Root(StatefulHook):
                 return own[0]
         return id(module), order
 
+    @staticmethod
+    def _guided(kept: Kept, given: Given) -> bool:
+        """Whether a call has the two branches of which a mask computes one; told where not."""
+        if kept.guided is None:
+            kept.guided = halves.paired(given, kept.scores[0])
+            if not kept.guided:
+                _log.warning(
+                    "this call has no classifier-free guidance with two branches in one batch (is"
+                    " the guidance scale 1?): steps of the policy that reuse a branch are computed"
+                )
+        return kept.guided
+
     def _hold(self, call: _Call, output: Any) -> None:
         kept, form = self.run.kept, self.patch.form
         kept.output_class = type(output)
@@ -180,12 +197,16 @@ class _Root(StatefulHook):
 
     def _mixed(self, call: _Call, reduced: Any) -> Any:
         form, scores = self.patch.form, self.run.kept.scores
-        sample = sample_of(call.given)
+        sample, weights = sample_of(call.given), call.weights
+        half = self.patch.halves[call.mask]
+        if half is not None:
+            reduced, scores = halves.spread(reduced), [halves.difference(s, half) for s in scores]
+            weights = weights if len(weights) > 1 else (1.0, 1.0)
         if form is not None and reduced is not None:
             reduced = form.noise(sample, reduced)
         if self.patch.on_mix:
             self.patch.on_mix(call.step, form, sample, reduced, scores)
-        mixed = mix(reduced, scores, call.weights)
+        mixed = mix(reduced, scores, weights)
         return mixed if form is None else form.score(sample, mixed)
 
 
@@ -216,6 +237,8 @@ class Patch(Listener):
         self._prepares = [
             [point.prepare for point in mask if point.prepare] for mask in ((), *masks)
         ]
+        self.halves = [halves.branch_of([point.name for point in mask]) for mask in ((), *masks)]
+        self.halves.append(None)  # of a jump
         self._order = order
         self._hooks: list[tuple[nn.Module, nn.Module, str, Hook]] = []
         self._bar = False
@@ -291,7 +314,8 @@ class Patch(Listener):
         args, kwargs = given
         for prepare in self._prepares[mask]:
             kwargs = prepare(kwargs)
-        return args, kwargs
+        half = self.halves[mask]
+        return (args, kwargs) if half is None else halves.halve((args, kwargs), half)
 
     def _leaves(self) -> dict[str, Leaf]:
         leaves: dict[str, Leaf] = {}
@@ -300,15 +324,17 @@ class Patch(Listener):
             return leaves.setdefault(path, Leaf(self.run, len(self.masks)))
 
         for index, mask in enumerate(self.masks, start=1):
-            for point in mask:
+            inner = [point for point in mask if point.kind != "guidance"]
+            for point in inner:
                 slot = self.run.slot(point.name)
                 keeper = leaf(point.keep_at)
                 if point not in [kept for kept, _ in keeper.keeps]:
                     keeper.keeps.append((point, slot))
                     if point.enter_at is not None:
                         leaf(point.enter_at).enters.append(slot)
-                leaf(point.restore_at).actions[index] = functools.partial(restore, point, slot)
-            for point in mask:  # skips win: an outer point makes the inner ones irrelevant
+                back = functools.partial(restore, point, slot, self.halves[index])
+                leaf(point.restore_at).actions[index] = back
+            for point in inner:  # skips win: an outer point makes the inner ones irrelevant
                 for path, skip in point.skips.items():
                     leaf(path).actions[index] = skip
         return leaves

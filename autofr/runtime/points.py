@@ -23,7 +23,9 @@ Keep = Callable[[nn.Module, Given, Any], Any]
 Restore = Callable[[nn.Module, Given, Any], Any]
 Skip = Callable[[nn.Module, Given], Any]
 
-KINDS = ("conv", "branch", "transformer", "attn", "cross", "ff", "block", "stage", "score")
+KINDS = (
+    "conv", "branch", "transformer", "attn", "cross", "ff", "block", "stage", "guidance", "score",
+)  # fmt: skip
 SCORE = "denoiser#score"
 
 

@@ -73,7 +73,8 @@ class Kept:
 
     `tensors`: what points keep, by name, a value for each time that their module ran in one call;
     `scores`: keyframe scores, newest first, in the form in which they are held. `signature` is that
-    of the denoiser's arguments; `anchors` are those arguments themselves, as long as they live.
+    of the denoiser's arguments; `anchors` are those arguments themselves, as long as they live;
+    `guided` says whether they are two branches in a batch, once it was asked.
     """
 
     tensors: dict[str, list[Any]] = field(default_factory=dict)
@@ -82,12 +83,14 @@ class Kept:
     signature: tuple[Any, ...] = ()
     output_class: type = tuple
     anchors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    guided: bool | None = None
 
     def forget(self) -> None:
         """Drop everything that was kept; slots go on using the same lists."""
         for held in self.tensors.values():
             held.clear()
         self.scores.clear()
+        self.guided = None
 
     def own(self) -> None:
         """Copy what is held out of memory that the denoiser's next call writes to."""

@@ -13,7 +13,8 @@ from autofr.memory import Memory
 from autofr.mix import JUMP, KEY, Constant, Cosine, Family, HardSigmoid, Linear, Sigmoid, Step
 from autofr.plan import baselines
 from autofr.plan.baselines import Draft
-from autofr.plan.planner import Plan, Rule, plan
+from autofr.plan.choices import Rule
+from autofr.plan.planner import Plan, plan
 from autofr.search.space import (
     Axes,
     DirectAxes,
@@ -185,7 +186,7 @@ def _within_memory(frame: Frame, calibration: Calibration, rule: Rule) -> Plan:
             frame.memory.check(found.steps, frame.masks, found.mix)
         if frame.memory.fits(found.steps, frame.masks, found.mix):
             return found
-        size = {m: sum(frame.memory.points[p] for p in frame.masks[m]) for m in sorted(used)}
+        size = {m: sum(frame.memory.points.get(p, 0) for p in frame.masks[m]) for m in sorted(used)}
         largest = max(size, key=size.__getitem__)
         rule = replace(rule, masks=tuple(name for name in rule.masks if name != largest))
 

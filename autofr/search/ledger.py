@@ -24,6 +24,7 @@ STUDY = "autofr"
 RETRIES = 3
 OVER = (TrialState.COMPLETE, TrialState.PRUNED)
 FOUND = "found"  # the note that holds all notes of who has scored a trial
+TAKEN_OVER = ("label", "digest", "proposal")  # by a trial whose twin is over already
 _log = logging.getLogger("autofr")
 
 
@@ -64,7 +65,7 @@ def notes_of(trial: FrozenTrial) -> dict[str, Any]:
 
 def retry_of(trial: FrozenTrial) -> dict[str, int]:
     """What is noted with a trial that tries another again; it is said, too."""
-    reason = trial.user_attrs.get("reason", "its process ended, or could not be reached")
+    reason = notes_of(trial).get("reason", "its process ended, or could not be reached")
     _log.warning("trial %d is tried again (%s)", trial.number, reason)
     return {"retry_of": trial.number, "retry": trial.user_attrs.get("retry", 0) + 1}
 
@@ -164,9 +165,11 @@ class Ledger:
         trial.set_user_attr(FOUND, {**notes})
         self._study.tell(trial, float(value))
 
-    def give_up(self, trial: optuna.Trial, reason: str, failed: bool = False) -> None:
+    def give_up(
+        self, trial: optuna.Trial, reason: str, failed: bool = False, notes: Mapping[str, Any] = {}
+    ) -> None:
         """Close a trial without a value, with the reason; one that failed is tried again."""
-        trial.set_user_attr("reason", reason)
+        trial.set_user_attr(FOUND, {**notes, "reason": reason})
         self._study.tell(trial, state=TrialState.FAIL if failed else TrialState.PRUNED)
 
     def try_again(self, trial: optuna.Trial, reason: str) -> None:
@@ -175,13 +178,23 @@ class Ledger:
         self._requeue()
 
     def told(self, trial: optuna.Trial, proposal: Proposal) -> bool:
-        """Whether a proposal was scored before; then its trial takes the value of its twin."""
-        for record in self.records():
-            if record.notes.get("proposal") == proposal.key:
-                notes = {name: record.notes[name] for name in ("label", "digest", "proposal")}
-                self.tell(trial, record.value, notes | {"duplicate_of": record.number})
-                return True
-        return False
+        """Whether a proposal was scored or refused before; then its trial ends as its twin did.
+
+        What failed is no such twin: cut off by a killed process, too little memory or a lost
+        connection, it says nothing of the proposal.
+        """
+        over = self._trials(*OVER)
+        twin = next((one for one in over if notes_of(one).get("proposal") == proposal.key), None)
+        if twin is None:
+            return False
+        found = notes_of(twin)
+        notes = {name: note for name, note in found.items() if name in TAKEN_OVER}
+        notes["duplicate_of"] = twin.number
+        if twin.value is None:
+            self.give_up(trial, found["reason"], notes=notes)
+        else:
+            self.tell(trial, twin.value, notes)
+        return True
 
     def more(self, trials: int) -> bool:
         """Whether another trial is to be asked for, where `trials` are wanted besides the rows."""

@@ -22,7 +22,7 @@ from autofr.memory import size
 from autofr.plan import baselines
 from autofr.plan.baselines import Draft
 from autofr.plan.planner import out_of_reach
-from autofr.policy import Guidance, Measured, Provenance
+from autofr.policy import Measured, Provenance
 from autofr.runtime import guidance
 from autofr.runtime.families import discover
 from autofr.runtime.points import Pipe, find_denoiser
@@ -79,7 +79,7 @@ class Search:
     def __post_init__(self) -> None:
         (self.folder / STATE).mkdir(parents=True, exist_ok=True)
         self._tables: dict[int, Calibration] = {}
-        self._guidance: Guidance = "none"
+        self._branches = guidance.Branches("none")
         self._study = self.folder.name
         self._notes: list[str] = []  # remarks on what could not be shown
 
@@ -131,7 +131,7 @@ class Search:
         steps, starts = self.settings.steps, Starts(self.pipe)
         check_steps(self.pipe, steps)
         check_runs(starts, steps)
-        self._guidance = guidance.of(self.pipe, starts.short(3, steps))
+        self._branches = guidance.of(self.pipe, starts.short(3, steps))
         self._profile = self._timed("profile", self._measure_profile)
         self._costs = replace(self._profile.costs, first=starts)
         self._target = self.settings.budget.seconds_of(self._costs.teacher(steps))
@@ -148,7 +148,7 @@ class Search:
         path = self.folder / STATE / "profile.json"
         if path.exists():
             return load_profile(path)
-        masks = candidate_masks(discover(find_denoiser(self.pipe)))
+        masks = candidate_masks(discover(find_denoiser(self.pipe)), self._branches.alone)
         found = profile(
             self.pipe,
             masks,
@@ -233,7 +233,7 @@ class Search:
             draft.mix,
             replaces=self.settings.steps,
             latent_shape=tuple(self._evaluator.teacher.latents.shape[1:]),
-            guidance=self._guidance,
+            guidance=self._branches.kind,
             keep=self.settings.keep,
         )
         self._frame.memory.check(policy.steps, policy.masks, policy.mix)

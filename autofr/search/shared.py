@@ -124,9 +124,11 @@ class SharedLedger(Ledger):
         self._add(trial, TrialState.COMPLETE, {**notes}, float(value))
         self._proposer.tell(trial, float(value))
 
-    def give_up(self, trial: optuna.Trial, reason: str, failed: bool = False) -> None:
+    def give_up(
+        self, trial: optuna.Trial, reason: str, failed: bool = False, notes: Mapping[str, Any] = {}
+    ) -> None:
         if not failed:  # else it was in nobody's hands yet: another is proposed in its place
-            self._add(trial, TrialState.PRUNED, {"reason": reason})
+            self._add(trial, TrialState.PRUNED, {**notes, "reason": reason})
         self._proposer.tell(trial, state=TrialState.FAIL if failed else TrialState.PRUNED)
 
     def at_work(self, proposal: Proposal) -> bool:

@@ -98,7 +98,7 @@ class Scorer:
             score = self.evaluator.score(found.policy, self.settings.trial_seeds)
             value = self.value(score)
         except (BudgetError, MeasurementError) as error:
-            return Outcome(reason=str(error))
+            return Outcome(notes={"proposal": proposal.key}, reason=str(error))
         return Outcome(value, notes_of(found) | {"proposal": proposal.key})
 
 

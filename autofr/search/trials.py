@@ -162,6 +162,6 @@ class Trials:
         if outcome is None:
             self.ledger.try_again(trial, CUT_OFF)
         elif outcome.value is None:
-            self.ledger.give_up(trial, outcome.reason)
+            self.ledger.give_up(trial, outcome.reason, notes=outcome.notes)
         else:
             self.ledger.tell(trial, outcome.value, outcome.notes)
