@@ -10,8 +10,8 @@ from pathlib import Path
 from autofr.errors import ModelError
 from autofr.measure import profile_file, profiling
 from autofr.measure.alignment import NOBODY, Judge
-from autofr.measure.calibration import candidate_masks
 from autofr.measure.latency import seconds
+from autofr.measure.masks import candidate_masks
 from autofr.measure.profile_file import Profile
 from autofr.policy import Measured, Policy
 from autofr.report import before_after, page, profile_pictures, report

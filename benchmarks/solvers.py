@@ -18,7 +18,8 @@ import diffusers
 from protocol import load, write
 
 from autofr.measure import profiling
-from autofr.measure.calibration import calibrate, candidate_masks, worth_calibrating
+from autofr.measure.calibration import calibrate
+from autofr.measure.masks import candidate_masks, worth_calibrating
 from autofr.mix import JUMP, Constant
 from autofr.plan import baselines, correction
 from autofr.plan.choices import Rule

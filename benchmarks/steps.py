@@ -11,7 +11,7 @@ from typing import Any
 from protocol import load, random_dit, write
 
 from autofr.measure import profiling
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.measure.profile_file import Profile
 from autofr.runtime.families import discover
 from autofr.runtime.points import find_denoiser

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr.measure.calibration import candidate_masks
 from autofr.measure.costs import Costs, whole
+from autofr.measure.masks import candidate_masks
 from autofr.mix import Constant, HardSigmoid, Linear, Sigmoid, Step, Table
 from autofr.plan.baselines import (
     Draft,

@@ -14,11 +14,10 @@ from autofr.errors import MeasurementError
 from autofr.measure.calibration import (
     Calibration,
     calibrate,
-    candidate_masks,
     step_gains,
-    worth_calibrating,
 )
 from autofr.measure.costs import Costs
+from autofr.measure.masks import candidate_masks, worth_calibrating
 from autofr.runtime.families import discover
 from autofr.runtime.patch import Patch
 from autofr.runtime.recording import record

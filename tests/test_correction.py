@@ -10,7 +10,7 @@ from conftest import ddim, make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.mix import HardSigmoid, Table
 from autofr.plan import correction
 from autofr.plan.correction import Trajectory, _Basis, correct, trajectory

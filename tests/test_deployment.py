@@ -26,7 +26,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from folders import FAMILIES
 from torch import nn
 
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.mix import Constant, Mix, Table
 from autofr.policy import AS_IS, Keep, Policy
 from autofr.runtime import sampler

@@ -28,7 +28,7 @@ from test_search import tiny_pipe
 from test_tune import CHILD
 
 from autofr import files, zoo
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.mix import Constant
 from autofr.policy import Provenance
 from autofr.runtime import sampler

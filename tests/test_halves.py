@@ -20,8 +20,9 @@ from test_pipelines import without_guidance
 from autofr.cli import console
 from autofr.errors import InterchangeError, RunFolderError
 from autofr.interchange import write
-from autofr.measure.calibration import GUIDANCE, Calibration, calibrate, candidate_masks
+from autofr.measure.calibration import Calibration, calibrate
 from autofr.measure.costs import Costs
+from autofr.measure.masks import GUIDANCE, candidate_masks
 from autofr.measure.profiling import profile
 from autofr.memory import Memory
 from autofr.mix import Constant, HardSigmoid, Mix, Table
@@ -161,7 +162,12 @@ def test_perturbed_attention_has_no_half(built: Build, scale: float) -> None:
     )
     pag.set_progress_bar_config(disable=True)
     call = {**GUIDED, "guidance_scale": scale, "pag_scale": 2.0}
-    assert guidance.of(Task(pag, PROMPTS, call)) == ("batched", None)
+    perturbed = Task(pag, PROMPTS, call)
+    assert guidance.of(perturbed) == ("batched", None)
+    bare = drawn(perturbed)
+    with sampler.reuse(perturbed, policy(perturbed, 1)) as patch:
+        assert torch.equal(drawn(perturbed).latents, bare.latents)
+    assert patch.counts == {"key": N}
 
 
 def test_branches_that_look_at_each_other_have_no_half(task_of: Build) -> None:

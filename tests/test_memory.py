@@ -8,7 +8,7 @@ from conftest import make_pipe
 
 from autofr.errors import BudgetError
 from autofr.measure import profiling
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.memory import Memory, parse_size, size
 from autofr.mix import JUMP, KEY, Constant, HardSigmoid, Table
 from autofr.policy import Keep

@@ -24,7 +24,8 @@ from torch import nn
 
 from autofr import interchange
 from autofr.errors import InterchangeError, ModelError, PolicyError
-from autofr.measure.calibration import Calibration, calibrate, candidate_masks
+from autofr.measure.calibration import Calibration, calibrate
+from autofr.measure.masks import candidate_masks
 from autofr.mix import Constant, HardSigmoid, Mix
 from autofr.policy import Policy
 from autofr.policy_file import load

@@ -27,8 +27,9 @@ from test_search import few_rows, settings, work_clock
 from autofr import job, zoo
 from autofr.errors import BudgetError, ModelError, PolicyError, TaskError
 from autofr.inputs import read_inputs
-from autofr.measure.calibration import calibrate, candidate_masks
+from autofr.measure.calibration import calibrate
 from autofr.measure.costs import Costs
+from autofr.measure.masks import candidate_masks
 from autofr.mix import Constant, Mix, Table
 from autofr.plan.choices import Rule
 from autofr.plan.correction import correct, trajectory

@@ -18,7 +18,7 @@ from autofr.measure.similarity import OnProgress, measure_similarity
 from autofr.mix import JUMP, KEY
 from autofr.runtime.families import discover, reusable
 from autofr.runtime.held import forms
-from autofr.runtime.patch import HOLD, Patch
+from autofr.runtime.patch import Patch
 from autofr.runtime.points import (
     SCORE,
     Given,
@@ -30,6 +30,7 @@ from autofr.runtime.points import (
     fingerprint,
 )
 from autofr.runtime.recording import record
+from autofr.runtime.root import HOLD
 from autofr.runtime.sampler import draw
 from autofr.runtime.start import Starts
 from autofr.runtime.store import COMPUTE

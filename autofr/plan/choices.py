@@ -23,7 +23,8 @@ class Rule:
     keyframe to the next, or from the last one to the end; `phase`: log error weight at the start
     and at the end against the middle; `first`, `last`: forced keyframes at the ends of what runs;
     `corrected`: a fitted mix is corrected afterwards, at keyframes too, which makes up for what the
-    next keyframe's score explains of a step's error.
+    next keyframe's score explains of a step's error; `agreement`: how far what the steps between
+    keyframes miss adds up by its directions (1), or as squares (0).
     """
 
     masks: tuple[str, ...]
@@ -33,6 +34,7 @@ class Rule:
     first: int = 1
     last: int = 0
     corrected: bool = False
+    agreement: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _agreement(calibration: Calibration, rule: Rule, gaps: int) -> np.ndarray:
             around = before if own else 0, after if makes_up else 0
             products = _missed(calibration, rule.mix, used, *around, gaps)
             found[used, before, after] = _cosines(products)
+    found *= rule.agreement
     found[..., range(gaps), range(gaps)] = 1
     return found
 

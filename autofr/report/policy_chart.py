@@ -12,7 +12,7 @@ from autofr.report.svg import drawing, mark, node, rect
 
 OFF = "left out"  # steps that do not run: calls that start from a picture begin in the middle
 SHADES = 8  # colours of masks in the style sheet
-SCORES = ("score found here", "last keyframe's score", "the keyframe's before", "older keyframes'")
+SCORES = ("score found here", "last keyframe's score", "keyframe's before that", "older keyframes'")
 BRANCHES = ("branch found here", "last keyframe's difference", *SCORES[2:])
 """Where a mask computes one guidance branch."""
 

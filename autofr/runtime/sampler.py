@@ -16,9 +16,10 @@ from autofr.errors import ModelError, PolicyError
 from autofr.mix import JUMP, KEY, Mix, executed
 from autofr.policy import AS_IS, Guidance, Keep, Model, Policy, Sampler
 from autofr.runtime.families import discover, reusable
-from autofr.runtime.patch import HOLD, Patch, Row
+from autofr.runtime.patch import Patch
 from autofr.runtime.points import Pipe, Point, dtype_of, find_denoiser, fingerprint, weights_hash
 from autofr.runtime.recording import record
+from autofr.runtime.root import HOLD, Row
 from autofr.runtime.store import COMPUTE, Packing
 
 _ATTRIBUTE = "_autofr_patch"

@@ -27,13 +27,16 @@ from autofr.search.space import (
 )
 
 GUESSES = (
-    (0.0, 0.0, 1, 0),
-    (1.0, 0.5, 1, 0),
-    (-1.0, 0.0, 1, 0),
-    (-1.0, 2.0, 3, 0),
-    (0.0, 1.5, 3, 1),
+    (0.0, 0.0, 1, 0, 1.0),
+    (-1.0, 2.0, 3, 0, 1.0),
+    (0.0, 0.0, 1, 0, 0.0),
+    (1.0, 0.5, 1, 0, 0.0),
+    (-1.0, 2.0, 3, 0, 0.0),
+    (0.0, 1.5, 3, 1, 0.0),
 )
-"""Phases and keyframes forced at the start and the end; in the last two the end weighs most."""
+"""Phases, keyframes forced at the start and the end, and how far errors between keyframes add up as
+vectors; with a phase of 1 and more at the end, the end weighs most.
+"""
 
 
 class Trial(Protocol):
@@ -110,9 +113,10 @@ def guesses(space: Space) -> list[dict[str, Any]]:
             "phase_end": inside(phase_end, axes.phase),
             "first": inside(first, axes.first),
             "last": inside(last, axes.last),
+            "agreement": inside(agreement, axes.agreement),
             "masks": masks,
         }
-        for phase_start, phase_end, first, last in GUESSES
+        for phase_start, phase_end, first, last, agreement in GUESSES
         for masks in axes.masks
         if masks == axes.masks[0] or (masks == "jump+branches" and phase_start == phase_end == 0)
     ]
@@ -164,6 +168,7 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
         ),
         first=trial.suggest_int("first", *axes.first),
         last=trial.suggest_int("last", *axes.last),
+        agreement=trial.suggest_float("agreement", *axes.agreement),
     )
     rollouts = trial.suggest_int("rollouts", *axes.rollouts)
     rollouts = rollouts if isinstance(mix, str) else 0

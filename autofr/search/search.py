@@ -14,7 +14,8 @@ from typing import Any
 
 from autofr.errors import AutofrError, BudgetError, MeasurementError
 from autofr.measure.alignment import NOBODY, Judge
-from autofr.measure.calibration import Calibration, calibrate, candidate_masks, worth_calibrating
+from autofr.measure.calibration import Calibration, calibrate
+from autofr.measure.masks import candidate_masks, worth_calibrating
 from autofr.measure.profile_file import Profile
 from autofr.measure.profile_file import load as load_profile
 from autofr.measure.profiling import profile

@@ -32,6 +32,8 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0)]
 Span = Annotated[tuple[_Finite, _Finite], _Ordered]
 Taus = Annotated[tuple[_Positive, _Finite], _Ordered]
+_Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[tuple[_Share, _Share], _Ordered]
 _Most = Annotated[int, Field(le=1000)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=0)], _Most], _Ordered]
 Ones = Annotated[tuple[Annotated[int, Field(ge=1)], _Most], _Ordered]
@@ -54,6 +56,7 @@ class PlannedAxes(Axes):
     max_gap: Ones = (3, 8)
     masks: tuple[MaskFamily, ...] = Field(("all",), min_length=1)
     phase: Span = (0.0, 0.0)
+    agreement: Shares = (1.0, 1.0)
     first: Ones = (1, 1)
     last: Counts = (0, 0)
     rollouts: Counts = (0, 0)

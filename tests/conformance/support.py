@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from laws import ALL
 from test_loops import PREDICTING, SOLVED, SOLVERS
 
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.runtime.families import FAMILIES, discover
 from autofr.runtime.points import KINDS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from laws import ALL, counted, distance, patched, points_of, score, state
 
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.runtime.families import FAMILIES, discover
 
 each = pytest.mark.parametrize("name", ALL)

@@ -13,7 +13,7 @@ from laws import ALL, state
 from loop import STEPS, Loop
 
 from autofr.errors import ModelError
-from autofr.measure.calibration import candidate_masks
+from autofr.measure.masks import candidate_masks
 from autofr.mix import Constant, Mix, Table
 from autofr.policy import Policy
 from autofr.runtime import sampler
