@@ -267,6 +267,31 @@ def test_a_correction_is_never_worse(world, mix):
 
 @laws
 @given(worlds, rules | fitted)
+def test_without_agreement_errors_add_up_as_squares(world, rule):
+    """At 0 every way costs the sum of its choices' errors, and in between what lies between."""
+    sides = [replace(rule, agreement=share) for share in (0.0, 0.5, 1.0)]
+    tables = [choices(world.calibration, COSTS, one) for one in sides]
+    none, half, whole = (table.agreement for table in tables)
+    assert np.array_equal(none, np.broadcast_to(np.eye(none.shape[-1]), none.shape))
+    np.testing.assert_allclose(half, (none + whole) / 2)
+    found = intervals(tables[0], sides[0])
+    gaps, reached = tables[0].error.shape[2], 0
+    for key, before, after in gaps_around(len(world.teacher), gaps):
+        inner = range(1, after or min(gaps + 1, len(world.teacher) - key))
+        for way in range(found.error.shape[-1]):
+            if np.isfinite(found.error[key, before, after, way]):
+                picks = found.picks[key, before, after, way]
+                parts = [
+                    tables[0].error[picks[gap - 1], key + gap, gap - 1, before, after]
+                    for gap in inner
+                ]
+                assert found.error[key, before, after, way] == pytest.approx(sum(parts), abs=1e-12)
+                reached += 1
+    assert reached
+
+
+@laws
+@given(worlds, rules | fitted)
 def test_agreement_is_the_cosine_of_what_two_steps_miss(world, rule):
     """From the products of scores alone: what the scores themselves give, whatever is corrected."""
     table, n = choices(world.calibration, COSTS, rule), len(world.teacher)
