@@ -32,7 +32,6 @@ GUESSES = (
     (0.0, 0.0, 1, 0, 0.0),
     (1.0, 0.5, 1, 0, 0.0),
     (-1.0, 2.0, 3, 0, 0.0),
-    (0.0, 1.5, 3, 1, 0.0),
 )
 """Phases, keyframes forced at the start and the end, and how far errors between keyframes add up as
 vectors; with a phase of 1 and more at the end, the end weighs most.
@@ -116,9 +115,9 @@ def guesses(space: Space) -> list[dict[str, Any]]:
             "agreement": inside(agreement, axes.agreement),
             "masks": masks,
         }
-        for phase_start, phase_end, first, last, agreement in GUESSES
+        for number, (phase_start, phase_end, first, last, agreement) in enumerate(GUESSES)
         for masks in axes.masks
-        if masks == axes.masks[0] or (masks == "jump+branches" and phase_start == phase_end == 0)
+        if masks == axes.masks[0] or (masks == "jump+branches" and number == 0)
     ]
 
 
