@@ -61,7 +61,8 @@ child.main()
 """
 
 DRIVER = """
-import functools, sys
+import functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with &
 from autofr.cli.app import main
 from autofr.tune import job_file, tune
 job_file.read_checked = job_file.read

@@ -104,10 +104,10 @@ def mix(policy: Policy) -> Chart:
     low = min([0.0, *(sum(w for w in row if w < 0) for row in rows)]) * 1.04
     n = len(rows)
     root = drawing((0, -high, n, high - low), "The weights of every step's scores", "mix", True)
-    gap = 0.08 if n <= 120 else 0.0
+    gap, halved = 0.08 if n <= 120 else 0.0, policy.halved
     for i, row in enumerate(rows):
         if any(row):
-            names = BRANCHES if policy.steps[i] in policy.halved else SCORES
+            names = BRANCHES if policy.steps[i] in halved else SCORES
             said = ", ".join(f"{w:.3f} of the {s}" for w, s in zip(row, names, strict=True) if w)
             bars = mark(root, f"step {i}: {said}")
             rect(bars, (i, -high, 1, high - low), "catch")
