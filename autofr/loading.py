@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from autofr import task as tasks
 from autofr import zoo
+from autofr.cores import usable
 from autofr.errors import TaskError
 from autofr.inputs import parse_call, read_inputs
 from autofr.runtime.points import Pipe, name_of
@@ -79,9 +79,7 @@ def check(model: str, device: str = "cpu", dtype: str = "float32") -> None:
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(usable())
 
 
 # -- tasks ----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autofr.errors import BudgetError
@@ -56,9 +56,13 @@ class Memory:
         runs = set(map(executed, steps, rows)) - {KEY}
         used = {point for name in runs & set(masks) for point in masks[name]}
         share = 0.0 if self.keep.host else min(1.0, 2 / self.width) if self.keep.dtype else 1.0
-        tensors = sum(self.points.get(point, 0) for point in used)  # guidance: the scores alone
+        tensors = self.tensors(used)
         older = max([1, *(len(row) - 1 for row in rows)])
         return round(share * tensors) + older * self.score
+
+    def tensors(self, points: Iterable[str]) -> int:
+        """Bytes of what points keep, as they are; a guidance branch keeps the scores alone."""
+        return sum(self.points.get(point, 0) for point in points)
 
     def fits(self, steps: Sequence[str], masks: Mapping[str, Sequence[str]], mix: Mix) -> bool:
         """Whether a policy keeps no more than the limit."""

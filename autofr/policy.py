@@ -48,6 +48,11 @@ Guidance = Literal["none", "batched", "split"]
 """One branch; several in one call of the denoiser; or a call for each."""
 
 
+def of_guidance(point: str) -> bool:
+    """Whether a point is a branch of the guidance, not a place in the denoiser."""
+    return "#guidance" in point
+
+
 class Model(Value):
     """Which denoiser the policy is for."""
 
@@ -209,7 +214,7 @@ class Policy(Value):
         for name, points in self.masks.items():
             if not points:
                 raise ValueError(f'masks["{name}"]: no points')
-            if sum("#guidance" in point for point in points) > 1:
+            if sum(map(of_guidance, points)) > 1:
                 raise ValueError(f'masks["{name}"]: more than one guidance branch to compute alone')
         if isinstance(self.mix, Table):
             self._check_table(self.mix)
@@ -271,7 +276,7 @@ class Policy(Value):
     @property
     def halved(self) -> frozenset[str]:
         """Masks that compute one guidance branch."""
-        return frozenset(n for n, mask in self.masks.items() if any("#guidance" in p for p in mask))
+        return frozenset(name for name, mask in self.masks.items() if any(map(of_guidance, mask)))
 
     def weights(self, step: int) -> tuple[float, ...]:
         """Mix of a step; see `mix_row`."""

@@ -23,7 +23,7 @@ from autofr.errors import MeasurementError, damaged
 from autofr.measure.masks import GUIDANCE, Masks
 from autofr.runtime import guidance, halves
 from autofr.runtime.clock import bare_scheduler
-from autofr.runtime.families import reusable
+from autofr.runtime.families import discover
 from autofr.runtime.held import forms
 from autofr.runtime.patch import Patch
 from autofr.runtime.points import Pipe, find_denoiser
@@ -107,8 +107,7 @@ class Calibration:
             found = cls(
                 tuple(map(str, file["masks"])), file["teacher"], file["cross"], file["own"],
                 file["gain"], float(file["norm"]), int(file["switch"]),
-                int(file["first"]) if "first" in file else 0,  # runs of older versions
-                int(file["stages"]) if "stages" in file else 1,
+                int(file.get("first", 0)), int(file.get("stages", 1)),  # runs of older versions
                 file.get("branch", no_branch()),
             )  # fmt: skip
             found._check_shapes()
@@ -199,10 +198,9 @@ def _calibrate(
     if not bool(scores.isfinite().all()):
         raise MeasurementError("the model returned NaN or infinity during calibration")
     cross, own = np.full((m, n, max_gap, n), np.nan), np.full((m, n, max_gap), np.nan)
-    points = reusable(find_denoiser(pipe))
+    points = discover(find_denoiser(pipe)) | halves.POINTS
     patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()]).install()
-    branches = [halves.branch_of(mask) for mask in masks.values()]
-    within = [index for index, one in enumerate(branches) if one is None]
+    within = [index for index, name in enumerate(masks) if name != GUIDANCE]
     try:
         for key in range(n - 1):
             teacher.run(key, patch.keyframe)
@@ -221,8 +219,8 @@ def _calibrate(
     gain = step_gains(tape, drawn) / teacher.slopes
     norm = float(final.square().sum())
     stages = max([1, *(tape.ran.count(step) for step in {*tape.ran} - {tape.ran[0]})])
-    branch = no_branch()
-    for half in {one for one in branches if one is not None}:
+    branch, half = no_branch(), halves.branch_of(masks.get(GUIDANCE, ()))
+    if half is not None:
         halved = torch.stack([teacher.score(i, teacher.alone(i, half)) for i in range(n)])
         branch = torch.stack([scores @ halved.T, halved @ halved.T]).cpu().numpy()
     return Calibration(

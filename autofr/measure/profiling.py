@@ -16,7 +16,8 @@ from autofr.measure.latency import measure_costs, synchronize
 from autofr.measure.profile_file import PointProfile, Profile
 from autofr.measure.similarity import OnProgress, measure_similarity
 from autofr.mix import JUMP, KEY
-from autofr.runtime.families import discover, reusable
+from autofr.runtime import halves
+from autofr.runtime.families import discover
 from autofr.runtime.held import forms
 from autofr.runtime.patch import Patch
 from autofr.runtime.points import (
@@ -78,12 +79,11 @@ def profile(
     """
     denoiser = find_denoiser(pipe)
     points = discover(denoiser)
-    reused = reusable(denoiser)
     seeds = seeds[:batch]  # what fits into memory in use fits here
     similarity, kept = measure_similarity(pipe, points, steps, seeds, max_gap, on_progress)
     calls = _first_calls(pipe, steps, batch)
     whole, skippable = _point_seconds(pipe, points, calls[0])
-    costs = costs_of(pipe, reused, masks, steps, batch, calls, on_progress)
+    costs = costs_of(pipe, points | halves.POINTS, masks, steps, batch, calls, on_progress)
     for name, seconds in _stage_seconds(points, masks, costs).items():
         whole[name] = skippable[name] = seconds
     scale = len(calls) * batch / len(seeds)

@@ -106,10 +106,12 @@ def _agreement(calibration: Calibration, rule: Rule, gaps: int) -> np.ndarray:
     corrected = rule.corrected and isinstance(rule.mix, str)
     for before, after in np.ndindex(gaps + 1, gaps + 1):
         keys = np.arange(before, n - max(after, 1))
-        older = (keys < switch) | (keys - before >= switch)
-        following = ((keys >= switch) | (keys + after < switch)) & (corrected and after > 0)
+        older = _same(switch, keys, keys - before)
+        following = _same(switch, keys, keys + after) & (corrected and after > 0)
         for own, makes_up in itertools.product((True, False), repeat=2):
             used = keys[(older == own) & (following == makes_up)]
+            if not len(used):
+                continue
             around = before if own else 0, after if makes_up else 0
             products = _missed(calibration, rule.mix, used, *around, gaps)
             found[used, before, after] = _cosines(products)
@@ -153,14 +155,19 @@ def _cosines(products: np.ndarray) -> np.ndarray:
     return found.clip(-1, 1)
 
 
+def _same(switch: int, steps: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether one denoiser runs both of each pair of steps."""
+    found: np.ndarray = (steps < switch) == (others < switch)
+    return found
+
+
 def _stretches(
     steps: np.ndarray, last: np.ndarray, older: np.ndarray, switch: int
 ) -> list[tuple[np.ndarray, bool]]:
     """Steps that one denoiser serves from its own last keyframe, and whether the one before it is
     its own too. What another denoiser kept is of no use (two experts), so its keyframe is forced.
     """
-    served = (steps < switch) | (last >= switch)
-    own = (steps < switch) | (older >= switch)
+    served, own = _same(switch, steps, last), _same(switch, steps, older)
     return [(steps[served & own], True), (steps[served & ~own], False)]
 
 
@@ -172,7 +179,7 @@ def _corrected(
     """
     again, after = (grid.ravel() for grid in np.meshgrid(steps, np.arange(gap + 1, gaps + 1)))
     following = again - gap + after
-    own = (following < n) & ((again >= switch) | (following < switch))
+    own = (following < n) & _same(switch, again, following)
     return again[own], after[own]
 
 

@@ -7,6 +7,7 @@ final latents) the best keyframes, masks and mix are a shortest path.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,7 +107,7 @@ class _Paths:
                 return self._route(found)
             key, before, after = key - before, int(origin[key, before]), before
 
-    def _route(self, stretches: list[_Stretch]) -> _Route:
+    def _route(self, stretches: Sequence[_Stretch]) -> _Route:
         error = sum(float(self.ways.error[one]) for one in stretches)
         return _Route(tuple(stretches), error, self.costs.of_call(self._steps(stretches)))
 
@@ -144,7 +145,7 @@ class _Paths:
             stretches[best[0]] = best[1]
             left -= best[2]
 
-    def _picks(self, stretches: list[_Stretch]) -> dict[int, tuple[int, int, int]]:
+    def _picks(self, stretches: Sequence[_Stretch]) -> dict[int, tuple[int, int, int]]:
         """What each step does that is no keyframe: a choice, the gap, the gap before."""
         found = {}
         for one in stretches:
@@ -153,7 +154,7 @@ class _Paths:
                 found[one.key + gap] = int(self.ways.picks[one][gap - 1]), gap, one.before
         return found
 
-    def _steps(self, stretches: list[_Stretch]) -> tuple[str, ...]:
+    def _steps(self, stretches: Sequence[_Stretch]) -> tuple[str, ...]:
         """Every step of the call; what it leaves out does not run."""
         picks, names = self._picks(stretches), self.table.names
         runs = range(len(self.ways.error))
@@ -162,14 +163,13 @@ class _Paths:
 
     def plan(self, route: _Route, rule: Rule) -> Plan:
         """A route as steps and mix."""
-        stretches = list(route.stretches)
         rows: list[tuple[float, ...]] = [()] * (self.table.first + len(self.ways.error))
-        for step, (choice, gap, before) in self._picks(stretches).items():
+        for step, (choice, gap, before) in self._picks(route.stretches).items():
             weights = self.table.weights[choice, step, gap - 1, before]
             count = 3 if weights[2] else 2
             rows[self.table.first + step] = tuple(round(float(w), 6) for w in weights[:count])
         mix = Table(weights=tuple(rows)) if isinstance(rule.mix, str) else rule.mix
-        return Plan(self._steps(stretches), mix, route.error, route.seconds)
+        return Plan(self._steps(route.stretches), mix, route.error, route.seconds)
 
 
 def out_of_reach(costs: Costs, steps: int, asked: float, reached: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from autofr.mix import JUMP, KEY, Table, executed
-from autofr.policy import Policy
+from autofr.policy import Policy, of_guidance
 from autofr.report.svg import drawing, mark, node, rect
 
 OFF = "left out"  # steps that do not run: calls that start from a picture begin in the middle
@@ -67,7 +67,7 @@ def kinds(policy: Policy, known: Sequence[frozenset[str]] = ()) -> list[Kind]:
 
 
 def _points(points: Sequence[str]) -> str:
-    inner = [point for point in points if "#guidance" not in point]
+    inner = [point for point in points if not of_guidance(point)]
     branch = "one guidance branch is computed, the other one's difference reused"
     more = f" and {len(inner) - 1} more" if inner[1:] else ""
     kept = [f"kept and reused: {inner[0]}{more}"] if inner else []

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from torch import nn
 
 from autofr.errors import ModelError
-from autofr.runtime import halves
 from autofr.runtime.cuts import stages
 from autofr.runtime.layers import BLOCKS, LAYERS, run_of_blocks, sub_layers
 from autofr.runtime.points import Point
@@ -118,14 +117,6 @@ def discover(denoiser: nn.Module) -> dict[str, Point]:
     if family is None:
         _notice(name, len(points))
     return {point.name: point for point in points}
-
-
-def reusable(denoiser: nn.Module) -> dict[str, Point]:
-    """All that a mask may name: the denoiser's points, and the branches of a batched guidance.
-
-    Raises: ModelError as `discover` does.
-    """
-    return discover(denoiser) | halves.POINTS
 
 
 def _by_structure(denoiser: nn.Module) -> list[Point]:

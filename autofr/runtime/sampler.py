@@ -15,7 +15,8 @@ from autofr import hub
 from autofr.errors import ModelError, PolicyError
 from autofr.mix import JUMP, KEY, Mix, executed
 from autofr.policy import AS_IS, Guidance, Keep, Model, Policy, Sampler
-from autofr.runtime.families import discover, reusable
+from autofr.runtime import halves
+from autofr.runtime.families import discover
 from autofr.runtime.patch import Patch
 from autofr.runtime.points import Pipe, Point, dtype_of, find_denoiser, fingerprint, weights_hash
 from autofr.runtime.recording import record
@@ -98,7 +99,8 @@ def check(pipe: Pipe, policy: Policy) -> dict[str, Point]:
     found = type(denoiser).__name__
     if found != policy.model.denoiser:
         raise PolicyError(f"the policy is for a {policy.model.denoiser}, this pipe has a {found}")
-    points = reusable(denoiser)
+    own = discover(denoiser)
+    points = own | halves.POINTS
     unknown = sorted({p for mask in policy.masks.values() for p in mask} - set(points))
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if unknown[3:] else "")
@@ -106,7 +108,7 @@ def check(pipe: Pipe, policy: Policy) -> dict[str, Point]:
             f"the policy names points that this denoiser does not have: {shown};"
             f" it has {len(points)}, such as {next(iter(points))}"
         )
-    mark = fingerprint(denoiser, discover(denoiser))
+    mark = fingerprint(denoiser, own)
     if mark != policy.model.fingerprint:
         raise PolicyError(
             f"the policy is for another {found} configuration (fingerprint"

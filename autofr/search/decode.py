@@ -190,7 +190,7 @@ def _within_memory(frame: Frame, calibration: Calibration, rule: Rule) -> Plan:
             frame.memory.check(found.steps, frame.masks, found.mix)
         if frame.memory.fits(found.steps, frame.masks, found.mix):
             return found
-        size = {m: sum(frame.memory.points.get(p, 0) for p in frame.masks[m]) for m in sorted(used)}
+        size = {name: frame.memory.tensors(frame.masks[name]) for name in sorted(used)}
         largest = max(size, key=size.__getitem__)
         rule = replace(rule, masks=tuple(name for name in rule.masks if name != largest))
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from autofr.cores import usable
 from autofr.files import locked
 
 PATIENCE = 60.0  # seconds after which a turn is not waited for: its holder may be paused
@@ -48,11 +49,7 @@ def turn(threads: int) -> Iterator[bool]:
 
 def _taken(threads: int, held: ExitStack) -> bool | None:
     """Whether so many cores could be taken; None where locks cannot be held."""
-    free = (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else [*range(os.cpu_count() or 1)]
-    )
+    free = usable()
     wanted = min(threads or len(free), len(free))
     try:
         folder = Path(tempfile.gettempdir()) / f"autofr-{os.getuid()}"
