@@ -171,8 +171,8 @@ def _overlap(points):
 def planned_params(**changes):
     """Parameters of the wide space."""
     return dict(
-        steps=1.0, masks="all", mix="fit2", max_gap=4, phase_start=0.0, phase_end=0.0, first=1,
-        last=0, agreement=1.0, rollouts=1,
+        steps=1.0, masks="all", mix="fit2", max_gap=4, first=1, last=0, agreement=1.0, rollouts=1,
+        **{f"phase{at}": 0.0 for at in range(7)},
     ) | changes  # fmt: skip
 
 

@@ -106,8 +106,11 @@ class World:
         """What a choice misses, and how far a part of it moves the final latents."""
         choice = (name, step, gap, *self.around(rule, step, gap, before, after))
         missed = self.weights(rule.mix, *choice) @ self.parts(*choice) - self.teacher[step]
-        place = 2 * step / (len(self.teacher) - 1) - 1
-        weight = np.exp(-place * rule.phase[0] if place < 0 else place * rule.phase[1])
+        place = step / (len(self.teacher) - 1) * (len(rule.phase) - 1)
+        left = min(int(place), max(len(rule.phase) - 2, 0))
+        share = place - left
+        ends = rule.phase[left], rule.phase[min(left + 1, len(rule.phase) - 1)]
+        weight = np.exp((1 - share) * ends[0] + share * ends[1])
         return missed, np.sqrt(weight / 7.0) * self.gain[step]
 
     def error(self, rule, name, step, gap, before, after):
@@ -182,7 +185,7 @@ rules = st.builds(
     masks=st.sampled_from([("cheap", "good", "jump"), ("cheap", "jump"), ("good",), ("jump",)]),
     max_gap=st.integers(1, 4),
     mix=st.sampled_from(MIXES),
-    phase=st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+    phase=st.lists(st.floats(-2, 2), min_size=1, max_size=4).map(tuple),
     first=st.integers(1, 3),
     last=st.integers(0, 2),
     corrected=st.booleans(),

@@ -23,10 +23,10 @@ from autofr.mix import Constant, Table
 from autofr.policy import Interval, Policy
 from autofr.runtime.sampler import compose
 from autofr.search import verify
-from autofr.search.choose import Chooser
+from autofr.search.choose import NEAR, Chooser, Finalist, ranked
 from autofr.search.evaluate import Candidate
 from autofr.search.ledger import Record
-from autofr.search.verify import NEAR, Choice, finalists, within_budget
+from autofr.search.verify import ROUGHLY, Choice, finalists, within_budget
 from autofr.task import Task
 
 
@@ -59,8 +59,8 @@ def test_finalists_meet_the_time_and_are_near_the_best() -> None:
     records = [
         record(0, 0.0100, 1.1),  # the least error, too slow
         record(1, 0.0200, 0.9),
-        record(2, 0.0200 * NEAR, 1.0),
-        record(3, 0.0200 * NEAR + 1e-6, 0.5),
+        record(2, 0.0200 * ROUGHLY, 1.0),
+        record(3, 0.0200 * ROUGHLY + 1e-6, 0.5),
     ]
     assert [r.number for r in finalists(records, 1.0)] == [1, 2]
 
@@ -70,6 +70,19 @@ def test_finalists_are_few_different_and_sorted() -> None:
     records = [record(i, 0.02 - i * 1e-4, 1.0) for i in range(5)]
     records.append(record(5, 0.0196, 1.0, digest="d4"))
     assert [r.number for r in finalists(records, 1.0)] == [4, 3, 2]
+
+
+def test_errors_on_all_seeds_decide_and_fid_among_equals() -> None:
+    """A lower FID is worth no larger error; without FID the least error wins."""
+
+    def order(*found: tuple[float, float | None]) -> list[int]:
+        choices = [(record(i, 0.02, 1.0), candidate(str(i), 1.0)) for i in range(len(found))]
+        named = [Finalist(choice, *one) for choice, one in zip(choices, found, strict=True)]
+        return [chosen.number for chosen, _ in ranked(named)]
+
+    near, far = 0.01 * NEAR, 0.01 * NEAR + 1e-6
+    assert order((0.01, 2.0), (near, 1.0), (far, 0.5)) == [1, 0, 2]
+    assert order((far, None), (near, None), (0.01, None)) == [2, 1, 0]
 
 
 def test_nobody_may_be_fast_enough() -> None:

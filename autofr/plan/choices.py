@@ -20,17 +20,17 @@ class Rule:
 
     `masks`: names allowed ("jump" among them); `mix`: "fit1", "fit2" (least squares on the
     reduced score and one or two keyframes' scores), or a λ(t) family; `max_gap`: most steps from a
-    keyframe to the next, or from the last one to the end; `phase`: log error weight at the start
-    and at the end against the middle; `first`, `last`: forced keyframes at the ends of what runs;
-    `corrected`: a fitted mix is corrected afterwards, at keyframes too, which makes up for what the
-    next keyframe's score explains of a step's error; `agreement`: how far what the steps between
-    keyframes miss adds up by its directions (1), or as squares (0).
+    keyframe to the next, or from the last one to the end; `phase`: log error weights at evenly
+    spaced places of what runs, straight lines between; `first`, `last`: forced keyframes at the
+    ends of what runs; `corrected`: a fitted mix is corrected afterwards, at keyframes too, which
+    makes up for what the next keyframe's score explains of a step's error; `agreement`: how far
+    what the steps between keyframes miss adds up by its directions (1), or as squares (0).
     """
 
     masks: tuple[str, ...]
     max_gap: int = 6
     mix: Family | str = "fit2"
-    phase: tuple[float, float] = (0.0, 0.0)
+    phase: tuple[float, ...] = (0.0,)
     first: int = 1
     last: int = 0
     corrected: bool = False
@@ -89,8 +89,8 @@ def choices(calibration: Calibration, costs: Costs, rule: Rule) -> Choices:
 
 def _scale(calibration: Calibration, rule: Rule) -> np.ndarray:
     """How a squared error of each step counts (steps,): in the final latents, by its phase."""
-    share = np.linspace(-1, 1, calibration.steps)
-    phase = np.where(share < 0, -share * rule.phase[0], share * rule.phase[1])
+    places = np.linspace(0, 1, len(rule.phase))
+    phase = np.interp(np.linspace(0, 1, calibration.steps), places, rule.phase)
     scale: np.ndarray = calibration.gain**2 * np.exp(phase) / calibration.norm
     return scale
 

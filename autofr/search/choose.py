@@ -1,10 +1,11 @@
-"""Choose one of the trials: by FID among the best, held to the budget, no worse than a row."""
+"""Choose one of the trials: by error, then FID; held to the budget, no worse than a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from autofr.errors import BudgetError, MeasurementError
 from autofr.runtime.points import Pipe
@@ -15,6 +16,26 @@ from autofr.search.trial import candidate_of
 from autofr.search.verify import Choice, Verdict, different, finalists, within_budget
 
 FEW = 3  # trials whose parameters are planned anew for another time per call
+NEAR = 1.05  # on all validation seeds, errors at most this many times the least count as equal
+
+
+class Finalist(NamedTuple):
+    """A trial's choice, with its mean error and FID on all validation seeds."""
+
+    choice: Choice
+    error: float
+    fid: float | None
+
+
+def ranked(found: Sequence[Finalist]) -> list[Choice]:
+    """The best first: of those whose error is nearly the least, that of the lowest FID."""
+    bound = NEAR * min(one.error for one in found)
+
+    def place(one: Finalist) -> tuple[bool, float]:
+        near = one.error <= bound
+        return not near, one.fid if near and one.fid is not None else one.error
+
+    return [one.choice for one in sorted(found, key=place)]
 
 
 @dataclass
@@ -35,7 +56,7 @@ class Chooser:
     _best: list[Record] = field(default_factory=list, init=False)
 
     def choose(self, ledger: Ledger) -> Verdict:
-        """Winner by FID among the finalists, held to the budget by measurement.
+        """Winner among the finalists, held to the budget by measurement.
 
         Raises: BudgetError when no trial met the budget, or none keeps it.
         """
@@ -44,16 +65,14 @@ class Chooser:
         if not best:
             raise BudgetError(self._nothing(ledger))
         self._best = different([r for r in records if "row" not in r.notes])[:FEW]
-        ranked = []
+        scored = []
         for done, record in enumerate(best):
             self.on_progress("choose", done, len(best))
             found = candidate_of(record.notes)
             score = self.score(found)
             fid = self.evaluator.fid(score)
-            ranked.append((score.error.value if fid is None else fid, record, found))
-        ranked.sort(key=lambda item: item[0])
-        verdict = self._hold([(record, found) for _, record, found in ranked])
-        return self._never_worse(verdict, records)
+            scored.append(Finalist((record, found), score.error.value, fid))
+        return self._never_worse(self._hold(ranked(scored)), records)
 
     def score(self, found: Candidate) -> Score:
         """A candidate's score on all validation seeds; drawn once."""
@@ -88,11 +107,11 @@ class Chooser:
         except BudgetError:  # none of them, when measured
             return verdict
 
-    def _hold(self, ranked: Sequence[Choice]) -> Verdict:
+    def _hold(self, choices: Sequence[Choice]) -> Verdict:
         def on_pair(pairs: int, width: float) -> None:
             self.on_progress("measure", pairs, pairs + 1)
 
-        return within_budget(self.pipe, self.settings, ranked, self._planned, on_pair)
+        return within_budget(self.pipe, self.settings, choices, self._planned, on_pair)
 
     def _planned(self, record: Record, seconds: float) -> Choice | None:
         """The best policy for another time per call that these or the best parameters give.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from autofr.errors import BudgetError, SpaceError
 from autofr.measure.calibration import Calibration
 from autofr.measure.costs import Costs
@@ -27,15 +29,16 @@ from autofr.search.space import (
 )
 
 GUESSES = (
-    (0.0, 0.0, 1, 0, 1.0),
-    (-1.0, 2.0, 3, 0, 1.0),
-    (0.0, 0.0, 1, 0, 0.0),
-    (1.0, 0.5, 1, 0, 0.0),
-    (-1.0, 2.0, 3, 0, 0.0),
+    ((0.0, 0.0), 1, 0, 1.0),
+    ((-1.0, 2.0), 3, 0, 1.0),
+    ((0.0, 0.0), 1, 0, 0.0),
+    ((1.0, 0.5), 1, 0, 0.0),
+    ((-1.0, 2.0), 3, 0, 0.0),
 )
-"""Phases, keyframes forced at the start and the end, and how far errors between keyframes add up as
-vectors; with a phase of 1 and more at the end, the end weighs most.
+"""Phases at the start and the end, keyframes forced there, and how far errors between keyframes add
+up as vectors; with a phase of 1 and more at the end, the end weighs most.
 """
+PLACES = 7  # of a call, at which a phase is searched; the middle is one of them
 
 
 class Trial(Protocol):
@@ -107,18 +110,24 @@ def guesses(space: Space) -> list[dict[str, Any]]:
         start |= {"bias": inside(0.5, axes.bias)}
     return [
         start
+        | {name: inside(phase, axes.phase) for name, phase in _phases(*ends).items()}
         | {
-            "phase_start": inside(phase_start, axes.phase),
-            "phase_end": inside(phase_end, axes.phase),
             "first": inside(first, axes.first),
             "last": inside(last, axes.last),
             "agreement": inside(agreement, axes.agreement),
             "masks": masks,
         }
-        for number, (phase_start, phase_end, first, last, agreement) in enumerate(GUESSES)
+        for number, (ends, first, last, agreement) in enumerate(GUESSES)
         for masks in axes.masks
         if masks == axes.masks[0] or (masks == "jump+branches" and number == 0)
     ]
+
+
+def _phases(start: float, end: float) -> dict[str, float]:
+    """Phases that are 0 in the middle of a call, as parameters."""
+    at = np.linspace(-1, 1, PLACES)
+    found = np.where(at < 0, -at * start, at * end)
+    return {f"phase{place}": float(phase) for place, phase in enumerate(found)}
 
 
 def fastest_seconds(space: Space, frame: Frame) -> float:
@@ -161,10 +170,7 @@ def _planned(axes: PlannedAxes, trial: Trial, frame: Frame) -> Decoded:
         masks=family(name, frame.masks),
         max_gap=trial.suggest_int("max_gap", *axes.max_gap),
         mix=mix,
-        phase=(
-            trial.suggest_float("phase_start", *axes.phase),
-            trial.suggest_float("phase_end", *axes.phase),
-        ),
+        phase=tuple(trial.suggest_float(f"phase{at}", *axes.phase) for at in range(PLACES)),
         first=trial.suggest_int("first", *axes.first),
         last=trial.suggest_int("last", *axes.last),
         agreement=trial.suggest_float("agreement", *axes.agreement),

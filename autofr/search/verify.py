@@ -24,7 +24,7 @@ from autofr.search.evaluate import Candidate, draw_all, interval, latent_errors
 from autofr.search.folder import Settings
 from autofr.search.ledger import Record
 
-NEAR = 1.05  # finalists have at most this many times the least error
+ROUGHLY = 1.25  # finalists have at most this many times the least error, on the few trial seeds
 ATTEMPTS = 5
 PATIENCE = 60.0  # seconds of measuring after which a policy that keeps the budget is not replanned
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this
@@ -57,7 +57,8 @@ def finalists(records: Sequence[Record], seconds: float, keep: int = 3) -> list[
     None is further from the teacher than a published row that is fast enough.
     """
     fast = [r for r in different(records) if r.notes["seconds"] <= seconds]
-    bounds = [NEAR * fast[0].value for _ in fast[:1]] + [r.value for r in fast if "row" in r.notes]
+    bounds = [ROUGHLY * fast[0].value for _ in fast[:1]]
+    bounds += [r.value for r in fast if "row" in r.notes]
     return [r for r in fast if r.value <= min(bounds)][:keep]
 
 
