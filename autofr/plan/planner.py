@@ -1,13 +1,13 @@
-"""Plan: the least error for every budget, from one calibration.
+"""Plan: the least error within a time, from one calibration.
 
 Where the errors of intervals between keyframes add up (each weighted with how far it moves the
-final latents) the best keyframes, masks and mix are a shortest path.
+final latents) the best keyframes, masks and mix are a shortest path whose time is bounded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ from autofr.measure.costs import Costs
 from autofr.mix import KEY, Mix, Table
 from autofr.plan.choices import Choices, Rule, choices
 from autofr.plan.intervals import Intervals, intervals
+
+UNITS = 500  # of time in a call: as finely are intervals told apart
+SLACK = 12  # units by which the rounded times of a plan may exceed its own
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,15 @@ class Plan:
 def plan(calibration: Calibration, costs: Costs, rule: Rule, seconds: float) -> Plan:
     """Find the plan of least error whose predicted call takes at most `seconds`.
 
-    Shortest path over intervals, from (keyframe, gap to the one before) to the next, under a price
-    on time, the price found by bisection; what time is left then fills single intervals better.
+    Shortest path over intervals, from (keyframe, gap to the one before, time spent) to the next.
     Raises: BudgetError when even the fastest plan is slower; says what can be reached.
     """
     table = choices(calibration, costs, rule)
     paths = _Paths(table, intervals(table, rule), costs)
-    fastest = paths.path(price=1e9 / costs.key)
+    fastest = paths.fastest()
     if fastest.seconds > seconds:
         raise BudgetError(out_of_reach(costs, calibration.asked, seconds, fastest.seconds))
-    free = paths.path(price=0.0)
-    if free.seconds <= seconds:
-        return paths.plan(free, rule)
-    return paths.plan(paths.spend(paths.priced(fastest, seconds), seconds), rule)
+    return paths.plan(paths.within(seconds) or fastest, rule)
 
 
 class _Stretch(NamedTuple):
@@ -75,75 +74,50 @@ class _Paths:
     ways: Intervals
     costs: Costs
 
-    def path(self, price: float) -> _Route:
-        """Exact minimum of error + price * seconds over the intervals, by dynamic programming."""
-        n, sides = self.ways.error.shape[:2]
-        priced = self.ways.error + price * self.ways.seconds
-        chosen = priced.argmin(-1)
-        cheapest = np.take_along_axis(priced, chosen[..., None], -1)[..., 0]  # (key, before, after)
-        best = np.full((n, sides), np.inf)
-        origin = np.zeros((n, sides), int)
-        best[0, 0] = price * self.costs.key
-        end_cost, end_state = np.inf, (0, 0)
-        for key in range(n):
-            for after in range(1, min(sides, n - key)):
-                total = best[key] + cheapest[key, :, after] + price * self.costs.key
-                before = int(total.argmin())
-                if total[before] < best[key + after, after]:
-                    best[key + after, after] = total[before]
-                    origin[key + after, after] = before
-            total = best[key] + cheapest[key, :, 0]
-            before = int(total.argmin())
-            if total[before] < end_cost:
-                end_cost, end_state = total[before], (key, before)
-        return self._traced(chosen, origin, end_state)
+    def fastest(self) -> _Route:
+        """The route that takes least time."""
+        each = self.costs.key + self.ways.seconds
+        cost = np.where(np.isfinite(self.ways.error), each, np.inf)
+        return next(self._routes(cost, np.zeros(cost.shape, int), 0))
 
-    def _traced(self, chosen: np.ndarray, origin: np.ndarray, end: tuple[int, int]) -> _Route:
-        (key, before), after = end, 0
-        found = []
-        while True:
-            found.append(_Stretch(key, before, after, int(chosen[key, before, after])))
-            if key == 0:
-                return self._route(found)
-            key, before, after = key - before, int(origin[key, before]), before
+    def within(self, seconds: float) -> _Route | None:
+        """The route of least error that takes at most `seconds`, if one does."""
+        unit = (seconds - self.costs.fixed) / UNITS
+        spent = np.rint((self.costs.key + self.ways.seconds) / unit).astype(int)
+        routes = self._routes(self.ways.error, spent, UNITS + SLACK)
+        return next((route for route in routes if route.seconds <= seconds), None)
+
+    def _routes(self, cost: np.ndarray, spent: np.ndarray, most: int) -> Iterator[_Route]:
+        """By rising cost: the route of least cost for every sum of what is `spent`, up to `most`.
+
+        By dynamic programming over (keyframe, gap to the one before, spent before it).
+        """
+        n, sides, _, ways = cost.shape
+        least = np.full((n, sides, most + 1), np.inf)
+        last = np.zeros((n, sides, most + 1), int)  # the stretch that it ends with
+        ends, origins = np.full((n, most + 1), np.inf), np.zeros((n, most + 1), int)
+        least[0, 0, 0] = 0
+        for key in range(n):
+            for after in range(min(sides, n - key)):
+                found = _joined(least[key], cost[key, :, after], spent[key, :, after])
+                if after:
+                    least[key + after, after], last[key + after, after] = found
+                else:
+                    ends[key], origins[key] = found
+        for end in ends.argsort(None)[: np.isfinite(ends).sum()]:
+            key, left = divmod(int(end), most + 1)
+            stretches: list[_Stretch] = []
+            after, origin = 0, origins[key, left]
+            while not stretches or stretches[-1].key:
+                before, way = divmod(int(origin), ways)
+                stretches.append(_Stretch(key, before, after, way))
+                left -= spent[stretches[-1]]
+                origin, key, after = last[key, before, left], key - before, before
+            yield self._route(stretches)
 
     def _route(self, stretches: Sequence[_Stretch]) -> _Route:
         error = sum(float(self.ways.error[one]) for one in stretches)
         return _Route(tuple(stretches), error, self.costs.of_call(self._steps(stretches)))
-
-    def priced(self, fastest: _Route, seconds: float) -> _Route:
-        """The path of least error that some price on time brings to at most `seconds`."""
-        unit = 1 / self.costs.key  # prices are errors per keyframe's time, whatever the device
-        low, high, best = 1e-12 * unit, 1e6 * unit, fastest
-        for _ in range(50):
-            price = float(np.sqrt(low * high))
-            found = self.path(price)
-            if found.seconds <= seconds:
-                high = price
-                if found.error <= best.error:
-                    best = found
-            else:
-                low = price
-            if high / low < 1.0001:
-                break
-        return best
-
-    def spend(self, found: _Route, seconds: float) -> _Route:
-        """Use the time that the price left over: better ways to fill intervals, best gain first."""
-        stretches, left = list(found.stretches), seconds - found.seconds
-        while True:
-            best, gain = None, 0.0
-            for index, one in enumerate(stretches):
-                errors, spent = self.ways.error[one[:3]], self.ways.seconds[one[:3]]
-                fits = np.where(spent - spent[one.way] <= left, errors, np.inf)
-                way = int(fits.argmin())
-                if errors[one.way] - errors[way] > gain:
-                    gain = float(errors[one.way] - errors[way])
-                    best = index, one._replace(way=way), float(spent[way] - spent[one.way])
-            if best is None:
-                return self._route(stretches)
-            stretches[best[0]] = best[1]
-            left -= best[2]
 
     def _picks(self, stretches: Sequence[_Stretch]) -> dict[int, tuple[int, int, int]]:
         """What each step does that is no keyframe: a choice, the gap, the gap before."""
@@ -170,6 +144,24 @@ class _Paths:
             rows[self.table.first + step] = tuple(round(float(w), 6) for w in weights[:count])
         mix = Table(weights=tuple(rows)) if isinstance(rule.mix, str) else rule.mix
         return Plan(self._steps(route.stretches), mix, route.error, route.seconds)
+
+
+def _joined(
+    least: np.ndarray, cost: np.ndarray, spent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least cost of each sum with one stretch more, and which (both (sums,)).
+
+    Args: least (gaps before, sums); cost and spent (gaps before, ways) of stretches.
+    """
+    sums = np.arange(least.shape[1])
+    before, way = np.nonzero(np.isfinite(cost) & np.isfinite(least).any(1)[:, None])
+    if not len(before):
+        return np.full(len(sums), np.inf), np.zeros(len(sums), int)
+    rest = sums - spent[before, way][:, None]
+    total = np.where(rest < 0, np.inf, least[before[:, None], np.maximum(rest, 0)])
+    total += cost[before, way][:, None]
+    best = total.argmin(0)
+    return total[best, sums], (before * cost.shape[1] + way)[best]
 
 
 def out_of_reach(costs: Costs, steps: int, asked: float, reached: float) -> str:
