@@ -258,7 +258,7 @@ def test_a_fit_is_never_further_than_the_old_weights(seed, kept, held, old):
     before = (0.0 if held else old[0], *old[1 : 1 + kept])
     features = torch.stack([part.double().flatten() for part in parts[held:]])
     basis = _Basis(features, 0.0, 1.0, held, 1, wanted)
-    after = basis.normal(wanted.double()).solve(before)
+    after = basis.normal(wanted.double(), before).solve(before)
     assert len(after) == len(before) and (after[0] == 0 or not held)
 
     def distance(weights):
@@ -266,3 +266,17 @@ def test_a_fit_is_never_further_than_the_old_weights(seed, kept, held, old):
         return float((mixed - wanted).double().norm())
 
     assert distance(after) <= distance(before) * (1 + 1e-4) + 1e-4
+
+
+def test_a_sample_that_went_elsewhere_does_not_decide():
+    """One of four paths has left the teacher's: the fit is nearly that of the other three."""
+    generator = torch.Generator().manual_seed(0)
+    reduced, kept = torch.randn(2, 4, 50, generator=generator, dtype=torch.float64)
+    wanted = 0.7 * reduced + 0.3 * kept
+    wanted += 0.01 * torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    wanted[3] = 5 * kept[3] - 4 * reduced[3]
+    features = torch.stack([reduced.flatten(), kept.flatten()])
+    basis = _Basis(features, 0.0, 1.0, False, 4, wanted)
+    assert basis.normal(wanted, (1.0, 0.0)).solve((1.0, 0.0)) == pytest.approx((0.7, 0.3), abs=0.05)
+    plain = np.linalg.lstsq(features.T.numpy(), wanted.flatten().numpy(), rcond=None)[0]
+    assert abs(plain[0] - 0.7) > 0.5

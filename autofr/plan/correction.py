@@ -2,8 +2,9 @@
 
 Planning measures errors at the teacher's inputs; in use they pile up. Here the policy is run on
 calibration seeds, and at every reduced or held step the mix is fitted anew, so that the step
-lands as near as possible to the latents that the teacher had there. Keyframes get a mix too: their
-full score says what the steps before them should have been, and makes up for it.
+lands as near as possible to the latents that the teacher had there, every sample by its own
+measure. Keyframes get a mix too: their full score says what the steps before them should have been,
+and makes up for it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from autofr.runtime.recording import Tape, again, record
 from autofr.runtime.sampler import batches, draw, reuse
 
 RIDGE = 1e-5
+EXACT = 1e-8  # a sample that misses less of its score's square than this is left alone
 
 
 class _Path(NamedTuple):
@@ -139,7 +141,7 @@ def _along(pipe: Pipe, policy: Policy, path: _Path, steps: Sequence[int]) -> dic
         basis = _Basis.of(branches, row, score, len(path.seeds))
         if wanted is None or basis is None:
             return score
-        normal = found[steps[index]] = basis.normal(wanted, path.drawn)
+        normal = found[steps[index]] = basis.normal(wanted, row, path.drawn)
         return basis.score(normal.solve(row)).to(score)
 
     with reuse(pipe, policy) as patch, record(pipe, revise=revise) as tape:
@@ -238,14 +240,25 @@ class _Basis:
         offset = -form.p / form.q * guide(given) if form else 0.0
         return cls(features, offset, form.q if form else 1.0, jump, samples, score)
 
-    def normal(self, wanted: torch.Tensor, drawn: torch.Tensor | None = None) -> _Normal:
-        """The normal equations of the mix that comes nearest to a wanted score where it counts."""
+    def normal(
+        self, wanted: torch.Tensor, old: tuple[float, ...], drawn: torch.Tensor | None = None
+    ) -> _Normal:
+        """The normal equations of the mix that comes nearest to a wanted score where it counts.
+
+        Each sample counts relative to the square of what the old weights leave of it: the few
+        whose path has gone elsewhere would decide for all.
+        """
         target = (wanted[: self.samples].flatten() - self.offset) * self.slope
-        counted = self.features
+        parts = torch.cat([self.features, target[None]])
         if drawn is not None:
-            counted = counted * drawn[: self.samples].flatten()
-        features = counted.cpu().numpy()
-        return _Normal(features @ features.T, features @ target.cpu().numpy(), self.jump)
+            parts = parts * drawn[: self.samples].flatten()
+        samples = parts.view(len(parts), self.samples, -1).cpu().numpy()
+        left = np.tensordot((*(old[1:] if self.jump else old), -1.0), samples, 1)
+        missed = (left**2).sum(-1) + EXACT * (samples[-1] ** 2).sum(-1)
+        samples = samples / np.sqrt(np.maximum(missed, np.finfo(float).tiny))[:, None]
+        flat = samples.reshape(len(samples), -1)
+        products = flat @ flat.T
+        return _Normal(products[:-1, :-1], products[:-1, -1], self.jump)
 
     def score(self, row: tuple[float, ...]) -> torch.Tensor:
         """What the scheduler gets with these weights."""
