@@ -29,13 +29,14 @@ def say(text: str) -> None:
 
 
 def table(rows: list[list[str]]) -> None:
-    """Print rows as a table, the header first."""
+    """Print rows as a table, the header first; columns of numbers are set to the right."""
     from rich.console import Console
     from rich.table import Table
 
     found = Table(box=None, pad_edge=False, header_style="bold")
     for index, title in enumerate(rows[0]):
-        found.add_column(title, justify="left" if index == 0 else "right", overflow="fold")
+        words = any(row[index][:1].isalpha() for row in rows[1:])
+        found.add_column(title, justify="left" if words else "right", overflow="fold")
     for row in rows[1:]:
         found.add_row(*row)
     width = None if sys.stdout.isatty() else 140
