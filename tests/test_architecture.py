@@ -39,7 +39,7 @@ DOORS = {
     "diffusers.hooks": {"runtime.hooks"},
     "diffusers.HookRegistry": {"runtime.hooks"},
     "optuna": {"search.database", "search.ledger", "search.queue", "search.shared"},
-    "matplotlib": {"report.canvas", "report.pictures", "report.profile_pictures"},
+    "matplotlib": {"report.canvas", "report.notes", "report.pictures", "report.profile_pictures"},
     "typer": {
         "cli.app",
         "cli.drawing",

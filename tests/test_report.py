@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +11,9 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from autofr.errors import RunFolderError
@@ -20,6 +23,7 @@ from autofr.policy import Fid, Interval, Measured, Model, Policy, Sampler, TextA
 from autofr.report import (
     canvas,
     front,
+    notes,
     pictures,
     policy_chart,
     profile_charts,
@@ -409,6 +413,40 @@ def test_what_is_on_a_front_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
         drawing = result_charts.panel(panel)
         assert drawing is not None and panel.marks[-1].row.group == "chosen"
         assert [one.text for one in drawing.iter("title")] == [mark.says for mark in panel.marks]
+
+
+def test_notes_cover_nothing_and_stand_by_their_own_marks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where the choice, steps and solvers stand side by side, far to the right."""
+    rows = [
+        row("teacher", "teacher", 50, 1.0, 0.0),
+        row("fewer steps 14", "fewer steps", 14, 3.05, 0.060),
+        row("chosen", "chosen", 50, 3.0, 0.054, speedup=interval(3.0, 0.01)),
+        row("UniPC 14", "other solver", 14, 2.95, 0.056, solver="UniPC", candidate=False),
+        row("DPM 14", "other solver", 14, 3.0, 0.050, solver="DPM-Solver++", candidate=False),
+    ]
+    boxes: list[tuple[dict[str, Bbox], dict[str, Bbox]]] = []
+    write = notes.write
+
+    def written(ax: Axes, marks: list[front.Mark]) -> None:
+        write(ax, marks)
+        renderer = ax.figure.canvas.get_renderer()
+        found = {str(note.get_text()): note.get_window_extent(renderer) for note in ax.texts}
+        there = {notes._text(mark): notes._box(ax, mark) for mark in marks}
+        boxes.append((found, there))
+
+    monkeypatch.setattr(notes, "write", written)
+    pictures.pareto(make_result(rows=rows), tmp_path / "pareto.png")
+    assert len(boxes) == 2
+    for found, marks in boxes:
+        assert len(found) >= 4
+        both = [*itertools.combinations(found.values(), 2)]
+        both += itertools.product(found.values(), marks.values())
+        assert not any(Bbox.intersection(one, other) for one, other in both)
+        for text, box in found.items():
+            far = {name: notes._gap(box, mark) for name, mark in marks.items() if name}
+            assert min(far, key=far.__getitem__) == text
 
 
 def test_the_planned_line_only_rises() -> None:

@@ -14,11 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from autofr.mix import JUMP, KEY, Table
 from autofr.policy import Policy
-from autofr.report import front
+from autofr.report import front, notes
 from autofr.report.canvas import DPI, INK, MARKERS, SOFT, colours, label, picture
 from autofr.report.front import Mark, Panel
 from autofr.report.policy_chart import OFF, SCORES, does, kinds, weights
@@ -46,6 +45,10 @@ def pareto(result: Result, path: Path) -> None:
         for ax, shown in zip(axes, panels, strict=True):
             _panel(ax, shown)
         figure.legend(handles=_legend(result), loc="outside lower center", ncols=5)
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
+        for ax, shown in zip(axes, panels, strict=True):
+            notes.write(ax, shown.marks)
 
 
 def _panel(ax: Axes, shown: Panel) -> None:
@@ -63,11 +66,8 @@ def _panel(ax: Axes, shown: Panel) -> None:
     for colour, marks in shown.lines.items():
         line = [(mark.x.value, mark.y.value) for mark in marks if mark.y.value > 0]
         ax.plot(*zip(*line, strict=True), color=colours()[colour], alpha=0.6, zorder=2)
-    rivals = [mark.y.value for mark in shown.marks if mark.row.group == "other solver"]
     for mark in shown.marks:
         _mark(ax, mark, floor)
-        above = mark.y.value == max(rivals, default=0)  # two of them often stand side by side
-        _note(ax, mark, left=across(mark.x.value) > 0.75, lift=5 if above else -5)
 
 
 def _mark(ax: Axes, mark: Mark, floor: float) -> None:
@@ -82,22 +82,6 @@ def _mark(ax: Axes, mark: Mark, floor: float) -> None:
         elinewidth=1, markerfacecolor=colour if mark.measured else "white", markersize=size,
         markeredgewidth=1, zorder=above, clip_on=y > floor,
     )  # fmt: skip
-
-
-def _note(ax: Axes, mark: Mark, left: bool, lift: float) -> None:
-    """Write beside a mark, with a white rim, so that lines behind do not disturb."""
-    text, offset = mark.note, {"chosen": (11, -14), "fewer steps": (0, -11), "teacher": (8, 0)}
-    if mark.row.group == "chosen":
-        text = f"{text}\n{mark.x.value:.2f}x"
-    elif mark.y.value == 0:
-        text = "0"
-    x, y = offset.get(mark.row.group, (8, lift))
-    place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 2.5}
-    place["ha"] = "center" if x == 0 else "right" if left else "left"
-    place["path_effects"] = [withStroke(linewidth=2.5, foreground="white")]
-    at = (mark.x.value, max(mark.y.value, ax.get_ylim()[0]))
-    colour = colours()[mark.look.colour]
-    ax.annotate(text, at, (-x if left else x, y), color=colour, fontsize=8, **place)
 
 
 def _legend(result: Result) -> list[Line2D]:
