@@ -70,6 +70,11 @@ def trajectory(
     return Trajectory(tuple(tape.ran), tuple(parts), next(later, 0))
 
 
+def _free(row: tuple[float, ...], jump: bool) -> tuple[float, ...]:
+    """The weights of a row that are fitted: a jump has no reduced score."""
+    return row[1:] if jump else row
+
+
 class _Mixed(NamedTuple):
     """What one guidance branch had to mix at a step, in the form in which scores are held."""
 
@@ -189,7 +194,7 @@ class _Normal:
 
         The old weights where there is nothing to fit, or the run has left all bounds.
         """
-        start, size = np.array(old[1:] if self.jump else old), np.trace(self.gram)
+        start, size = np.array(_free(old, self.jump)), np.trace(self.gram)
         if not 0 < size < np.inf:
             return old
         ridge = RIDGE * size / len(self.gram) * np.eye(len(self.gram))
@@ -224,7 +229,7 @@ class _Basis:
         columns = [] if jump else [[branch.reduced for branch in branches]]
         columns += [[branch.scores[k] for branch in branches] for k in range(count)]
         given = [branch.sample for branch in branches]
-        weights = row[1:] if jump else row
+        weights = _free(row, jump)
         mixed = [
             sum(weight * column[b] for weight, column in zip(weights, columns, strict=True))
             for b in range(len(branches))
@@ -253,7 +258,7 @@ class _Basis:
         if drawn is not None:
             parts = parts * drawn[: self.samples].flatten()
         samples = parts.view(len(parts), self.samples, -1).cpu().numpy()
-        left = np.tensordot((*(old[1:] if self.jump else old), -1.0), samples, 1)
+        left = np.tensordot((*_free(old, self.jump), -1.0), samples, 1)
         missed = (left**2).sum(-1) + EXACT * (samples[-1] ** 2).sum(-1)
         samples = samples / np.sqrt(np.maximum(missed, np.finfo(float).tiny))[:, None]
         flat = samples.reshape(len(samples), -1)
@@ -262,7 +267,7 @@ class _Basis:
 
     def score(self, row: tuple[float, ...]) -> torch.Tensor:
         """What the scheduler gets with these weights."""
-        weights = torch.tensor(row[1:] if self.jump else row).to(self.features)
+        weights = torch.tensor(_free(row, self.jump)).to(self.features)
         found = weights @ self.features / self.slope + self.offset
         copies = len(self.like) // self.samples
         return torch.cat([found.view(self.like[: self.samples].shape)] * copies)

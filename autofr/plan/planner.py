@@ -74,16 +74,20 @@ class _Paths:
     ways: Intervals
     costs: Costs
 
+    @property
+    def _seconds(self) -> np.ndarray:
+        """Of every stretch: its keyframe's, and those of what fills it."""
+        return self.costs.key + self.ways.seconds
+
     def fastest(self) -> _Route:
         """The route that takes least time."""
-        each = self.costs.key + self.ways.seconds
-        cost = np.where(np.isfinite(self.ways.error), each, np.inf)
+        cost = np.where(np.isfinite(self.ways.error), self._seconds, np.inf)
         return next(self._routes(cost, np.zeros(cost.shape, int), 0))
 
     def within(self, seconds: float) -> _Route | None:
         """The route of least error that takes at most `seconds`, if one does."""
         unit = (seconds - self.costs.fixed) / UNITS
-        spent = np.rint((self.costs.key + self.ways.seconds) / unit).astype(int)
+        spent = np.rint(self._seconds / unit).astype(int)
         routes = self._routes(self.ways.error, spent, UNITS + SLACK)
         return next((route for route in routes if route.seconds <= seconds), None)
 

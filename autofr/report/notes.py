@@ -35,18 +35,16 @@ def write(ax: Axes, marks: Sequence[Mark]) -> None:
     assert isinstance(canvas, FigureCanvasAgg)
     renderer, room = canvas.get_renderer(), ax.get_window_extent()
     taken = [_box(ax, mark) for mark in marks]
-    noted = [(mark, box) for mark, box in zip(marks, taken, strict=True) if _text(mark)]
-    for mark in sorted(marks, key=lambda one: one.row.group != "chosen"):
-        if not (text := _text(mark)):
-            continue
-        note, own = _note(ax, mark, text), _box(ax, mark)
+    noted = [one for one in zip(marks, taken, strict=True) if _text(one[0])]
+    for mark, own in sorted(noted, key=lambda one: one[0].row.group != "chosen"):
+        note = _note(ax, mark)
         first = FIRST.get(mark.row.group, PLACES[0])
         found: list[tuple[float, Place, Bbox]] = []
         for place in (first, *PLACES):
             box = _put(note, place).get_window_extent(renderer)
             covered = sum(Bbox.intersection(box, other) is not None for other in taken)
             far = _gap(box, own)
-            covered += any(_gap(box, other) <= far for one, other in noted if one is not mark)
+            covered += any(_gap(box, other) <= far for _, other in noted if other is not own)
             outside = box.x0 < room.x0 or box.x1 > room.x1 or box.y0 < room.y0
             found.append((covered + 2 * outside, place, box))
         _, place, box = min(found, key=lambda one: one[0])
@@ -56,9 +54,14 @@ def write(ax: Axes, marks: Sequence[Mark]) -> None:
 
 def _box(ax: Axes, mark: Mark) -> Bbox:
     """The place of a marker on the canvas."""
-    x, y = ax.transData.transform((mark.x.value, max(mark.y.value, ax.get_ylim()[0])))
+    x, y = ax.transData.transform(_at(ax, mark))
     half = HALF.get(mark.row.group, SMALL) * DPI / 72
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
+
+
+def _at(ax: Axes, mark: Mark) -> tuple[float, float]:
+    """Where a mark is drawn: error 0, which no logarithmic axis has, on the floor."""
+    return mark.x.value, max(mark.y.value, ax.get_ylim()[0])
 
 
 def _gap(one: Bbox, other: Bbox) -> float:
@@ -73,12 +76,12 @@ def _text(mark: Mark) -> str:
     return "0" if mark.y.value == 0 else mark.note
 
 
-def _note(ax: Axes, mark: Mark, text: str) -> Annotation:
+def _note(ax: Axes, mark: Mark) -> Annotation:
     """A note with a white rim, so that lines behind do not disturb."""
-    at = (mark.x.value, max(mark.y.value, ax.get_ylim()[0]))
     look: dict[str, Any] = {"textcoords": "offset points", "va": "center", "zorder": 2.5}
     look["path_effects"] = [withStroke(linewidth=2.5, foreground="white")]
-    note = ax.annotate(text, at, (0, 0), color=colours()[mark.look.colour], fontsize=8, **look)
+    look |= {"color": colours()[mark.look.colour], "fontsize": 8}
+    note = ax.annotate(_text(mark), _at(ax, mark), (0, 0), **look)
     note.set_in_layout(False)
     return note
 
