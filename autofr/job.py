@@ -121,7 +121,8 @@ def _calls(settings: Settings, speedup: float) -> float:
     batches = -(-settings.validation_seeds // settings.batch)
     rows = 24 * batches / 1.4  # published schedules, at about their mean speed-up
     trial = (settings.trial_seeds / settings.batch + 2) / speedup  # scored, and its mix corrected
-    drawn = 2 * batches + 2 * settings.test_seeds / settings.batch  # twice, to be compared
+    tests = settings.test_seeds / settings.batch
+    drawn = 2 * batches + (1 + 4 / speedup) * tests  # unaccelerated, by the policy and its rivals
     rest = 5 + 25 + 70  # profile, calibration, timing in pairs
     return rows + settings.trials * trial + drawn + rest
 

@@ -29,6 +29,8 @@ from autofr.measure.quality import (
     psnr,
     relative_error,
     save_features,
+    times_interval,
+    trimmed_mean,
 )
 from autofr.task import as_task
 
@@ -349,3 +351,24 @@ def test_the_mean_lies_in_its_interval(values):
     assert mean - slack <= high <= max(values) + slack
     assert mean_interval(np.array(values[:1])) == (values[0],) * 3
     assert mean_interval(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=30))
+def test_a_typical_value_has_no_ear_for_the_largest(values):
+    """The largest eighth counts for nothing, however large it is; few values all count."""
+    ordered = sorted(values)
+    few = len(values) // 8
+    kept = ordered[: len(values) - few]
+    assert trimmed_mean(np.array(values)) == pytest.approx(np.mean(kept))
+    wild = np.array(kept + [1e9] * few)
+    assert trimmed_mean(wild) == trimmed_mean(np.array(values))
+
+
+def test_times_are_paired():
+    """Where every value is the same multiple there is no doubt, however the values differ."""
+    base = np.array([0.01, 0.3, 0.02, 0.07])
+    value, low, high = times_interval(3 * base, base)
+    assert value == pytest.approx(3) and low == pytest.approx(3) and high == pytest.approx(3)
+    value, low, high = times_interval(np.array([0.1, 0.3, 0.1, 0.1]), base)
+    assert low < value < high and value == pytest.approx(1.5)
+    assert times_interval(base[:1], base[1:2])[0] == pytest.approx(1 / 30)

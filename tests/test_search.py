@@ -33,7 +33,7 @@ from autofr.policy_file import load
 from autofr.runtime import guidance
 from autofr.runtime.sampler import compose, reuse
 from autofr.search import choose, evaluate, search, trials, verify
-from autofr.search.compare import AS_FAST, held_out, remarks, speed
+from autofr.search.compare import AS_FAST, held_out, remarks, rivals, speed
 from autofr.search.evaluate import Evaluator
 from autofr.search.folder import PURPOSES, STATE, Settings, run_folder, spec_of
 from autofr.search.ledger import Ledger, Record
@@ -333,7 +333,10 @@ def test_choosing_never_sees_the_seeds_of_the_test(finished: Finished) -> None:
         drawn.setdefault(stage, set()).update(seeds)
     own = {purpose: set(finished.settings.seeds(purpose)) for purpose in PURPOSES}
     assert drawn["test"] == own["test"]
-    assert own["test"].isdisjoint(set.union(*(drawn[stage] for stage in drawn if stage != "test")))
+    last = ("test", "rivals")
+    assert own["test"].isdisjoint(
+        set.union(*(drawn[stage] for stage in drawn if stage not in last))
+    )
     assert own["validation"].isdisjoint(drawn["profile"] | drawn["calibrate"])
     assert own["calibration"].isdisjoint(own["validation"])
 
@@ -630,7 +633,7 @@ def test_where_nothing_can_be_chosen_the_trials_say_why(
     book = trials_of(tmp_path)
     for reason in ("it would keep too much", "no plan", "it would keep too much"):
         book.give_up(book.ask(), reason)
-    one = choose.Chooser(None, settings(time_limit=limit), None, 1.0, None, None)
+    one = choose.Chooser(None, settings(time_limit=limit), None, 1.0, None, None, None)
     with pytest.raises(BudgetError, match=r"1\.3x \(2 of 3 .* it would keep too much\)") as refusal:
         one.choose(book)
     assert ("--time-limit" in str(refusal.value)) == (limit is not None)
@@ -798,6 +801,45 @@ def test_a_table_without_other_solvers_says_why() -> None:
     assert evaluate.other_solvers(tiny_pipe("ddim")) == {}
 
 
+def test_the_nearest_row_is_told_by_the_test_seeds() -> None:
+    """What is said of rivals is said of seeds that nothing was chosen by; without any, nothing."""
+    chosen = CHOSEN.model_copy(update={"test_error": exact(0.03)})
+    floor = row("4 steps", "fewer steps", 1.5, 0.06, 0.05)
+    tested = {"test_error": exact(0.12), "times_chosen": Interval(value=4, low=3.2, high=5.1)}
+    (line,) = [x for x in remarks([chosen, floor.model_copy(update=tested)]) if "4 steps" in x]
+    assert "error 0.1200, 4.0 times (3.2 to 5.1) the policy's 0.0300" in line
+    assert not any("4 steps" in x for x in remarks([chosen, floor]))
+
+
+def test_rivals_are_the_nearest_of_each_kind_that_is_as_fast() -> None:
+    """Slower rows, other solvers and rows of our own are no rivals."""
+    rows = [
+        CHOSEN,
+        row("far", "frdiff", 1.6, 0.3, 0.1),
+        row("near", "frdiff", 1.5 * AS_FAST, 0.2, 0.1),
+        row("slow", "frdiff", 1.5 * AS_FAST - 0.01, 0.1, 0.1),
+        row("planned 2x", "planned", 2.0, 0.1, 0.1),
+        row("UniPC", "other solver", 1.6, 0.1, 0.1),
+        row("cut", "deepcache", 2.0, 0.25, 0.1),
+    ]
+    assert [one.name for one in rivals(rows)] == ["near", "cut"]
+
+
+def test_the_choice_and_its_rivals_are_tested_together(finished: Finished) -> None:
+    """The result has their errors on the test seeds, and no others'; times are of these means."""
+    result = finished.outcome.result
+    tested = {row.name: row for row in result.rows if row.test_error}
+    assert set(tested) == {"chosen", *(row.name for row in rivals(result.rows))}
+    measured = result.policy.measured
+    assert measured is not None
+    assert tested.pop("chosen").test_error == measured.trajectory_error
+    for row in tested.values():
+        assert row.test_error is not None and row.times_chosen is not None
+        times = row.test_error.value / measured.trajectory_error.value
+        assert row.times_chosen.value == pytest.approx(times)
+        assert row.times_chosen.low <= times <= row.times_chosen.high
+
+
 def test_inputs_that_were_seen_before_the_test_are_remarked_on() -> None:
     """Where there are fewer rows than seeds, the result says how many were not new."""
     asked = settings(inputs_count=10)  # 2 to calibrate, 4 to validate, 4 to test
@@ -823,7 +865,7 @@ def test_a_measured_speed_counts_before_a_predicted_one() -> None:
 def test_a_choice_that_was_made_faster_gives_way_to_a_nearer_row(errors, kept, expected):
     """After measuring, no published row that keeps the budget is nearer than what is chosen."""
     interval = Interval(value=0.2, low=0.1, high=0.3)
-    one = choose.Chooser(None, settings(), None, 1.0, None, None)
+    one = choose.Chooser(None, settings(), None, 1.0, None, None, None)
     one.score = lambda found: SimpleNamespace(error=interval)
     policy = dump(load(ROOT / "results" / "ldm4-1.5x" / "policy.json"))
 

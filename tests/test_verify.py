@@ -194,14 +194,19 @@ def test_another_time_is_planned_with_the_best_parameters_for_it() -> None:
         error = next(errors[number] for number, known in policies.items() if known == tried)
         if math.isnan(error):
             raise MeasurementError("NaN")
-        return SimpleNamespace(error=Interval(value=error, low=error, high=error))
+        return SimpleNamespace(typical=error)
+
+    def refine(choice: Choice) -> Choice:
+        assert choice[0].number == 2
+        return choice[0], dataclasses.replace(choice[1], name="refined")
 
     evaluator: Any = SimpleNamespace(score=score)
-    one = Chooser(None, settings(), evaluator, 1.0, again, lambda *_: None)
+    one = Chooser(None, settings(), evaluator, 1.0, again, refine, lambda *_: None)
     one._best = [record(number, 0.01, 0.6) for number in range(4)]
     choice = one._planned(one._best[0], 0.5)
     assert choice is not None and (choice[0].number, choice[0].value) == (2, 0.2)
     assert choice[1].policy == policies[2] and choice[1].seconds == 0.5
+    assert choice[1].name == "refined"
     assert one._planned(record(2, 0.01, 0.6, row="20 steps"), 0.5) is None
 
 

@@ -124,7 +124,10 @@ def markdown(result: Result, folder: Path) -> None:
         "## Before and after": _links(folder, BEFORE_AFTER),
         "## Remarks": ["\n".join(f"- {remark}" for remark in result.remarks)],
         "## Results": [_rows(lines), LEGEND.format(reference=result.reference, fid=fid)],
-        "## The chosen policy on test seeds": [_rows(final_rows(result))],
+        "## The chosen policy on test seeds": [
+            _rows(final_rows(result)),
+            _rows(rival_rows(result)),
+        ],
         "## How to use it": [USAGE.format(pipeline=result.pipeline, steps=result.steps)],
         "## The profile": _links(folder, PROFILE),
         "## Protocol": [_rows(protocol_rows(result)), f"```sh\n{result.command}\n```"],
@@ -192,6 +195,22 @@ def final_rows(result: Result) -> list[list[str]]:
     ]
 
 
+def rival_rows(result: Result) -> list[list[str]]:
+    """The choice and its nearest rivals on the test seeds; nothing in results of older versions."""
+    lines = [
+        [
+            row.name,
+            times(row.speedup) if row.speedup else f"{row.predicted_speedup:.2f}x",
+            percent(row.test_error),
+            times(row.times_chosen).replace("x", "") if row.times_chosen else "–",
+        ]
+        for row in result.rows
+        if row.test_error
+    ]
+    head = ["test seeds", "speed-up", "error to teacher", "times the policy's"]
+    return [head, *lines] if lines else []
+
+
 def _predicted(value: Any, write: Callable[[Any], str]) -> str:
     return "" if value is None else f"; predicted {write(value)}"
 
@@ -210,7 +229,10 @@ def protocol_rows(result: Result) -> list[list[str]]:
         ["seeds", "; ".join(f"{name} {text}" for name, text in result.seeds.items())],
         ["features of FID", result.features or "none"],
         ["reference", result.reference],
-        ["search", f"{count(result.trials, 'trial')}, {result.duplicates} of them duplicates"],
+        [
+            "search",
+            f"{count(result.trials, 'trial')}, {count(result.duplicates, 'duplicate')} among them",
+        ],
         ["time of each stage", ", ".join(stages)],
         ["policy", policy.digest],
         ["date", result.date],

@@ -20,7 +20,7 @@ NEAR = 1.05  # on all validation seeds, errors at most this many times the least
 
 
 class Finalist(NamedTuple):
-    """A trial's choice, with its mean error and FID on all validation seeds."""
+    """A trial's choice, with its typical error and FID on all validation seeds."""
 
     choice: Choice
     error: float
@@ -43,7 +43,8 @@ class Chooser:
     """Chooses among the trials that take at most `target` seconds per call.
 
     `again(record, seconds)` plans a trial's parameters anew for another time per call, or gives
-    None where there is no front.
+    None where there is no front; `refine` corrects the mix of a choice once more, which all trials
+    together would take too long for.
     """
 
     pipe: Pipe
@@ -51,6 +52,7 @@ class Chooser:
     evaluator: Evaluator
     target: float
     again: Callable[[Record, float], Candidate | None]
+    refine: Callable[[Choice], Choice]
     on_progress: Callable[[str, int, int], None]
     scores: dict[str, Score] = field(default_factory=dict)  # by digest
     _best: list[Record] = field(default_factory=list, init=False)
@@ -68,10 +70,9 @@ class Chooser:
         scored = []
         for done, record in enumerate(best):
             self.on_progress("choose", done, len(best))
-            found = candidate_of(record.notes)
-            score = self.score(found)
-            fid = self.evaluator.fid(score)
-            scored.append(Finalist((record, found), score.error.value, fid))
+            choice = self.refine((record, candidate_of(record.notes)))
+            score = self.score(choice[1])
+            scored.append(Finalist(choice, score.typical, self.evaluator.fid(score)))
         return self._never_worse(self._hold(ranked(scored)), records)
 
     def score(self, found: Candidate) -> Score:
@@ -128,5 +129,6 @@ class Chooser:
                 continue
             with suppress(MeasurementError):  # it draws NaN
                 score = self.evaluator.score(candidate.policy, self.settings.trial_seeds)
-                found[candidate.policy.digest] = replace(one, value=score.error.value), candidate
-        return min(found.values(), key=lambda choice: choice[0].value, default=None)
+                found[candidate.policy.digest] = replace(one, value=score.typical), candidate
+        best = min(found.values(), key=lambda choice: choice[0].value, default=None)
+        return best and self.refine(best)

@@ -8,6 +8,7 @@ from typing import Any
 
 from autofr.measure.costs import Costs
 from autofr.measure.profile_file import Profile
+from autofr.plan.baselines import Group
 from autofr.policy import Policy
 from autofr.runtime.points import Pipe, name_of
 from autofr.search.evaluate import Candidate, Evaluator, Score, fine_steps
@@ -58,41 +59,54 @@ def solver_row(name: str, steps: int, score: Score, evaluator: Evaluator, costs:
     )
 
 
+def as_fast(rows: Sequence[Row]) -> list[Row]:
+    """The rows that the choice is compared with: published ones, floors and other solvers."""
+    bound = AS_FAST * speed(next(row for row in rows if row.group == "chosen"))
+    ours = ("chosen", "planned", "teacher")
+    return [row for row in rows if row.group not in ours and speed(row) >= bound]
+
+
+def rivals(rows: Sequence[Row]) -> list[Row]:
+    """Of each kind of candidates as fast as the choice, the row nearest to the teacher."""
+    best: dict[Group, Row] = {}
+    for row in sorted(as_fast(rows), key=lambda row: row.error.value):
+        if row.candidate:
+            best.setdefault(row.group, row)
+    return [*best.values()]
+
+
 def remarks(rows: Sequence[Row]) -> list[str]:
     """Say plainly where a row is better than the choice at about its time."""
     chosen = next(row for row in rows if row.group == "chosen")
-    as_fast = [
-        row
-        for row in rows
-        if row.group not in ("chosen", "planned", "teacher")
-        and speed(row) >= AS_FAST * speed(chosen)
-    ]
     lines = []
-    for row in as_fast:
+    for row in as_fast(rows):
         if row.candidate and row.error.value < chosen.error.value:
             lines.append(
                 f"{row.name} is as fast and nearer to the teacher: error {row.error.value:.4f}"
                 f" against {chosen.error.value:.4f}."
             )
-    lines += _better_solver(chosen, as_fast)
+    lines += _better_solver(chosen, as_fast(rows))
     if all(row.group != "other solver" for row in rows):
         lines.append("No other solver is shown: this pipe cannot drive those that are compared.")
-    rivals = [row for row in as_fast if row.candidate]
-    if rivals:
-        best = min(rivals, key=lambda row: row.error.value)
+    tested = [row for row in rows if row.times_chosen]
+    if tested and chosen.test_error:
+        best = min(tested, key=lambda row: row.times_chosen.value)  # type: ignore[union-attr]
+        times = best.times_chosen
+        assert times is not None and best.test_error is not None
         lines.append(
-            f"The best published schedule or floor as fast as the policy is {best.name}: error"
-            f" {best.error.value:.4f}, {best.error.value / chosen.error.value:.1f} times the"
-            f" policy's {chosen.error.value:.4f}."
+            "On the test seeds, which nothing was chosen by, the best published schedule or floor"
+            f" as fast as the policy is {best.name}: error {best.test_error.value:.4f},"
+            f" {times.value:.1f} times ({times.low:.1f} to {times.high:.1f}) the policy's"
+            f" {chosen.test_error.value:.4f}."
         )
     return lines
 
 
-def _better_solver(chosen: Row, as_fast: Sequence[Row]) -> list[str]:
+def _better_solver(chosen: Row, rows: Sequence[Row]) -> list[str]:
     """The other solver as fast that is nearest to the fine solution, if nearer than the choice."""
     nearer = [
         row
-        for row in as_fast
+        for row in rows
         if not row.candidate and row.reference_error.value < chosen.reference_error.value
     ]
     if not nearer:

@@ -15,7 +15,7 @@ import torch
 
 from autofr.errors import MeasurementError, ModelError, TaskError
 from autofr.measure.latency import median_interval, seconds
-from autofr.measure.quality import Features, mean_interval, relative_error
+from autofr.measure.quality import Features, mean_interval, relative_error, trimmed_mean
 from autofr.plan.baselines import Group
 from autofr.policy import Interval, Policy
 from autofr.runtime.clock import Clock, Listener
@@ -55,6 +55,11 @@ class Score:
     def error(self) -> Interval:
         """Mean error to the teacher with its interval."""
         return interval(self.errors)
+
+    @property
+    def typical(self) -> float:
+        """Error without the few samples whose drawing changed: what policies are chosen by."""
+        return trimmed_mean(self.errors)
 
     @property
     def reference_error(self) -> Interval:
@@ -103,8 +108,9 @@ class Pulse:
     """Says what a teacher call would take at this moment, from a few denoiser calls.
 
     Rows of a table are drawn minutes apart on machines whose speed drifts. A pulse before and
-    after every timed call follows the drift; its ratio to whole teacher calls is measured first.
-    Calls count only at the batch of the first one, which is that of the pulse.
+    after every timed call follows the drift (one between two calls serves both); its ratio to whole
+    teacher calls is measured first. Calls count only at the batch of the first one, which is that
+    of the pulse.
     """
 
     def __init__(self, pipe: Pipe, calls: int = 2) -> None:
@@ -112,7 +118,12 @@ class Pulse:
         self._call: tuple[Any, Any] | None = None
         self._batch = 0
         self._ratio = 1.0
+        self._last: float | None = None
         self.taken: list[tuple[float, float]] = []
+
+    def begin(self) -> None:
+        """Forget the notes: other calls are timed from here on."""
+        self._last, self.taken = None, []
 
     @torch.inference_mode()
     def beat(self) -> float:
@@ -132,11 +143,12 @@ class Pulse:
             self._call, self._batch = tape.calls[0].given, len(seeds)
         if len(seeds) != self._batch:
             return draw(pipe, seeds, steps)
-        before = self.beat()
+        before = self._last or self.beat()
         began = time.perf_counter()
         samples = draw(pipe, seeds, steps)
         spent = time.perf_counter() - began
-        self.taken.append(((before + self.beat()) / 2, spent))
+        self._last = self.beat()
+        self.taken.append(((before + self._last) / 2, spent))
         return samples
 
     def calibrate(self) -> None:
@@ -198,7 +210,7 @@ class Evaluator:
         return Score(errors, fine, self.teacher, self.teacher_speedup)
 
     def _draw(self, seeds: Sequence[int], steps: int) -> Samples:
-        self.pulse.taken = []  # one that failed may have left notes
+        self.pulse.begin()
 
         def one(some: Sequence[int]) -> Samples:
             timed = self.pulse.timed if self._rows else draw

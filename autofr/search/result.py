@@ -16,6 +16,8 @@ class Row(BaseModel):
     Errors are relative L2 of the final latents, mean over validation seeds with a 95 % interval:
     `error` to the teacher, `reference_error` to the finely solved reference. Speed-ups are of the
     whole call; `speedup` is measured in pairs, `predicted_speedup` comes from the cost model.
+    The choice and its nearest rivals have a `test_error` too, on seeds that nothing was chosen by,
+    and rivals say how many times the choice's error that is (paired).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +31,8 @@ class Row(BaseModel):
     speedup: Interval | None = None
     error: Interval
     reference_error: Interval
+    test_error: Interval | None = None
+    times_chosen: Interval | None = None
     fid: float | None = None
     candidate: bool = True
     digest: str | None = None

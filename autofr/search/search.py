@@ -38,11 +38,12 @@ from autofr.search.facts import check_study, facts_of, study_name
 from autofr.search.folder import STATE, Settings
 from autofr.search.ledger import Ledger, Record, fixed
 from autofr.search.result import Result, Row
+from autofr.search.rivals import Tested, on_test
 from autofr.search.shared import Helped, Share, SharedLedger
 from autofr.search.space import largest_gap
-from autofr.search.trial import Outcome, Proposal, Scorer, dump, notes_of
+from autofr.search.trial import Outcome, Proposal, Scorer, candidate_of, dump, notes_of
 from autofr.search.trials import Hands, Own, Trials
-from autofr.search.verify import Verdict, test
+from autofr.search.verify import Choice, Verdict, test
 from autofr.task import plain
 
 OnProgress = Callable[[str, int, int], None]
@@ -104,11 +105,18 @@ class Search:
         ledger.dismiss()
         ledger.write_csv(self.folder / "trials.csv")
         self._choice = Chooser(
-            self.pipe, settings, self._evaluator, self._target, self._again, self.on_progress
+            self.pipe,
+            settings,
+            self._evaluator,
+            self._target,
+            self._again,
+            self._refined,
+            self.on_progress,
         )
         verdict = self._timed("choose", lambda: self._choice.choose(ledger))
         rows = self._timed("table", lambda: self._rows(ledger, verdict))
         measured, samples = self._timed("test", lambda: self._test(verdict))
+        rows = self._timed("rivals", lambda: self._on_test(rows, ledger, samples))
         records = ledger.records()
         policy = verdict.found.policy.model_copy(
             update={"measured": measured, "provenance": self._provenance(len(records))}
@@ -304,6 +312,13 @@ class Search:
         except (BudgetError, MeasurementError):  # beyond what these parameters can reach
             return None
 
+    def _refined(self, choice: Choice) -> Choice:
+        """The choice with its mix corrected once more, where trials were corrected."""
+        record, found = choice
+        if not record.params.get("rollouts"):
+            return choice
+        return record, self._scorer.correct(Proposal(found, rollouts=1))
+
     def _rows(self, ledger: Ledger, verdict: Verdict) -> list[Row]:
         """All rows: teacher, published, the planned front, the choice, other solvers."""
         evaluator, costs, n = self._evaluator, self._costs, self.settings.steps
@@ -351,7 +366,7 @@ class Search:
             kind = "" if isinstance(error, AutofrError) else f"{type(error).__name__}: "
             self._notes.append(f"{name} is not shown: {kind}{error}.")
 
-    def _test(self, verdict: Verdict) -> tuple[Measured, tuple[Samples, Samples]]:
+    def _test(self, verdict: Verdict) -> tuple[Measured, Tested]:
         policy = verdict.found.policy
         return test(
             self.pipe,
@@ -365,6 +380,24 @@ class Search:
             on_progress=lambda done, total: self.on_progress("test", done, total),
             predicted_bytes=self._frame.memory.of(policy.steps, policy.masks, policy.mix),
         )
+
+    def _on_test(self, rows: list[Row], ledger: Ledger, samples: Tested) -> list[Row]:
+        policies = {
+            r.notes["row"]: candidate_of(r.notes).policy
+            for r in ledger.records()
+            if "line" in r.notes
+        }
+        with self._optional("the comparison on the test seeds"):
+            rows = on_test(
+                self.pipe,
+                rows,
+                policies,
+                samples,
+                seeds=self.settings.seeds("test"),
+                batch=self.settings.batch,
+                on_progress=lambda done, total: self.on_progress("rivals", done, total),
+            )
+        return rows
 
     def _provenance(self, trials: int) -> Provenance:
         return Provenance(

@@ -6,14 +6,15 @@ Proposals and outcomes travel: to children of the driver, and through a database
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from autofr.errors import BudgetError, MeasurementError
+from autofr.measure.quality import trimmed_mean
 from autofr.plan import correction
 from autofr.policy import Policy
 from autofr.runtime.points import Pipe
@@ -82,14 +83,14 @@ class Scorer:
         return Candidate(found.name, found.group, policy, found.seconds)
 
     def value(self, score: Score) -> float:
-        """What trials are compared by: the mean error of the first validation seeds.
+        """What trials are compared by: the typical error of the first validation seeds.
 
-        Raises: MeasurementError when that is no number.
+        Raises: MeasurementError when one of these errors is no number.
         """
-        found = float(score.errors[: self.settings.trial_seeds].mean())
-        if not math.isfinite(found):
-            raise MeasurementError(f"the error to the unaccelerated pipe is {found}")
-        return found
+        errors = score.errors[: self.settings.trial_seeds]
+        if not np.isfinite(errors).all():
+            raise MeasurementError(f"the error to the unaccelerated pipe is {errors.max()}")
+        return trimmed_mean(errors)
 
     def outcome(self, proposal: Proposal) -> Outcome:
         """Correct and score; what this trial alone is to blame for is its outcome too."""

@@ -151,6 +151,22 @@ def within_budget(
     )
 
 
+def drawn_with(
+    pipe: Pipe,
+    policy: Policy,
+    seeds: Sequence[int],
+    batch: int,
+    on_progress: Callable[[int, int], None],
+) -> tuple[Samples, int]:
+    """Draw seeds with a policy; also the most bytes that were kept."""
+
+    def one(some: Sequence[int]) -> Samples:
+        return draw(pipe, some, policy.sampler.num_inference_steps)
+
+    with reuse(pipe, policy) as patch:
+        return draw_all(one, seeds, batch, on_progress), patch.run.peak_bytes
+
+
 def policy_steps(policy: Policy) -> list[str]:
     """Step names as they run and cost."""
     return [executed(step, policy.weights(i)) for i, step in enumerate(policy.steps)]
@@ -176,18 +192,13 @@ def test(
     """
     total = 2 * len(seeds)
 
-    def one(count: int, some: Sequence[int]) -> Samples:
-        return draw(pipe, some, count)
+    def one(some: Sequence[int]) -> Samples:
+        return draw(pipe, some, steps)
 
-    teacher = draw_all(partial(one, steps), seeds, batch, lambda done, _: on_progress(done, total))
-    with reuse(pipe, policy) as patch:
-        found = draw_all(
-            partial(one, policy.sampler.num_inference_steps),
-            seeds,
-            batch,
-            lambda done, _: on_progress(len(seeds) + done, total),
-        )
-        kept_bytes = patch.run.peak_bytes
+    teacher = draw_all(one, seeds, batch, lambda done, _: on_progress(done, total))
+    found, kept_bytes = drawn_with(
+        pipe, policy, seeds, batch, lambda done, _: on_progress(len(seeds) + done, total)
+    )
     error = interval(latent_errors(found.latents, teacher.latents))
     if error.value > 1:
         raise MeasurementError(
