@@ -119,6 +119,7 @@ def wide(**axes):
         steps=(1.0, 0.6),
         max_gap=(1, 8),
         masks=("all", "jump", "cuts", "jump+cuts", "jump+branches", "jump+frdiff", "frdiff"),
+        tilt=(0.0, 3.0),
         phase=(-2.0, 2.0),
         first=(1, 4),
         last=(0, 3),
@@ -172,8 +173,25 @@ def planned_params(**changes):
     """Parameters of the wide space."""
     return dict(
         steps=1.0, masks="all", mix="fit2", max_gap=4, first=1, last=0, agreement=1.0, rollouts=1,
-        **{f"phase{at}": 0.0 for at in range(7)},
+        tilt=0.0, **{f"phase{at}": 0.0 for at in range(7)},
     ) | changes  # fmt: skip
+
+
+def test_a_tilt_is_a_phase_that_rises():
+    """It takes from the start of a call what it gives to its end; phases add to it."""
+    ends = {"phase0": -1.5, "phase1": -1.0, "phase2": -0.5, "phase4": 0.5, "phase5": 1.0}
+    phases = ends | {"phase6": 1.5}
+    tilted, phased, both = (
+        decode(wide(), Fixed(planned_params(**params)), frame(2.0)).draft
+        for params in (
+            {"tilt": 1.5},
+            phases,
+            {"tilt": 1.5} | {name: -value for name, value in phases.items()},
+        )
+    )
+    assert tilted == phased
+    assert both == decode(wide(), Fixed(planned_params()), frame(2.0)).draft
+    assert tilted != both
 
 
 def test_settings_of_the_planner_are_kept():

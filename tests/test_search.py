@@ -38,7 +38,7 @@ from autofr.search.evaluate import Evaluator
 from autofr.search.folder import PURPOSES, STATE, Settings, run_folder, spec_of
 from autofr.search.ledger import Ledger, Record
 from autofr.search.result import Result, Row
-from autofr.search.search import SAFETY, Search
+from autofr.search.search import Search
 from autofr.search.space import (
     Direct,
     DirectAxes,
@@ -48,6 +48,7 @@ from autofr.search.space import (
     Uniform,
     UniformAxes,
 )
+from autofr.search.table import SAFETY
 from autofr.search.trial import dump
 from autofr.search.verify import Verdict
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autofr.errors import AutofrError, BudgetError, MeasurementError
+from autofr.errors import BudgetError, MeasurementError
 from autofr.measure.alignment import NOBODY, Judge
 from autofr.measure.calibration import Calibration, calibrate
 from autofr.measure.masks import candidate_masks, worth_calibrating
@@ -30,26 +29,23 @@ from autofr.runtime.points import Pipe, find_denoiser
 from autofr.runtime.sampler import Samples, compose
 from autofr.runtime.start import Starts
 from autofr.search.choose import Chooser
-from autofr.search.compare import conclude, part, policy_row, shared, solver_row
+from autofr.search.compare import conclude, part, policy_row, shared
 from autofr.search.crew import Crew
 from autofr.search.decode import Decoded, Frame, decode, fastest_seconds, guesses
 from autofr.search.evaluate import Candidate, Evaluator, check_runs, check_steps, other_solvers
 from autofr.search.facts import check_study, facts_of, study_name
 from autofr.search.folder import STATE, Settings
 from autofr.search.ledger import Ledger, Record, fixed
-from autofr.search.result import Result, Row
-from autofr.search.rivals import Tested, on_test
+from autofr.search.result import Result
 from autofr.search.shared import Helped, Share, SharedLedger
 from autofr.search.space import largest_gap
-from autofr.search.trial import Outcome, Proposal, Scorer, candidate_of, dump, notes_of
+from autofr.search.table import SAFETY, Table
+from autofr.search.trial import Outcome, Proposal, Scorer, dump, notes_of
 from autofr.search.trials import Hands, Own, Trials
 from autofr.search.verify import Choice, Verdict, test
 from autofr.task import plain
 
 OnProgress = Callable[[str, int, int], None]
-SAFETY = 0.985  # plan this much below the budget: prediction and measurement differ a little
-FRONT = (1.25, 1.5, 2.0, 3.0)  # speed-ups at which the front is shown
-_log = logging.getLogger("autofr")
 
 
 @dataclass
@@ -83,7 +79,6 @@ class Search:
         self._tables: dict[int, Calibration] = {}
         self._branches = guidance.Branches("none")
         self._study = self.folder.name
-        self._notes: list[str] = []  # remarks on what could not be shown
 
     def run(self) -> Finding:
         """Search, choose, verify and test.
@@ -114,10 +109,11 @@ class Search:
             self.on_progress,
         )
         verdict = self._timed("choose", lambda: self._choice.choose(ledger))
-        rows = self._timed("table", lambda: self._rows(ledger, verdict))
-        measured, samples = self._timed("test", lambda: self._test(verdict))
-        rows = self._timed("rivals", lambda: self._on_test(rows, ledger, samples))
         records = ledger.records()
+        table = self._table([r for r in records if "line" in r.notes])
+        rows = self._timed("table", lambda: table.rows(verdict))
+        measured, samples = self._timed("test", lambda: self._test(verdict))
+        rows = self._timed("rivals", lambda: table.on_test(rows, samples))
         policy = verdict.found.policy.model_copy(
             update={"measured": measured, "provenance": self._provenance(len(records))}
         )
@@ -129,7 +125,7 @@ class Search:
             rows,
             policy,
             self.stage_seconds,
-            [*part(self._costs, settings.steps, policy), *shared(self.pipe), *self._notes],
+            [*part(self._costs, settings.steps, policy), *shared(self.pipe), *table.notes],
         )
         return Finding(result, self._profile, *samples)
 
@@ -319,54 +315,24 @@ class Search:
             return choice
         return record, self._scorer.correct(Proposal(found, rollouts=1))
 
-    def _rows(self, ledger: Ledger, verdict: Verdict) -> list[Row]:
-        """All rows: teacher, published, the planned front, the choice, other solvers."""
-        evaluator, costs, n = self._evaluator, self._costs, self.settings.steps
+    def _table(self, published: Sequence[Record]) -> Table:
+        n, costs = self.settings.steps, self._costs
         draft = replace(baselines.fewer_steps(n), name="teacher", group="teacher")
-        teacher = self.candidate(Decoded(draft, {}, costs.teacher(n)))
-        rows = [policy_row(teacher, evaluator.teacher_score(), evaluator, costs)]
-        lines = [r.notes["line"] for r in ledger.records() if "line" in r.notes]
-        rows += [Row.model_validate(line) for line in lines]
-        rows += self._front(verdict)
-        chosen = replace(verdict.found, name="chosen", group="chosen")
-        row = policy_row(chosen, self._choice.score(chosen), evaluator, costs)
-        rows.append(row.model_copy(update={"speedup": verdict.timing.ratio}))
-        affordable = max(2, costs.affordable(self._target, n))
-        for done, (name, scheduler) in enumerate(self._solvers.items()):
-            self.on_progress("table", len(FRONT) + done, len(FRONT) + len(self._solvers))
-            with self._optional(f"{name}, {affordable} steps"):
-                score = evaluator.score_solver(scheduler, affordable)
-                rows.append(solver_row(name, affordable, score, evaluator, costs))
-        return rows
+        return Table(
+            self.pipe,
+            self.settings,
+            self._evaluator,
+            costs,
+            self._target,
+            self.candidate(Decoded(draft, {}, costs.teacher(n))),
+            published,
+            self._solvers,
+            self._choice.score,
+            self._again,
+            self.on_progress,
+        )
 
-    def _front(self, verdict: Verdict) -> list[Row]:
-        """The chosen parameters at other speed-ups; none where the choice has no front."""
-        teacher = self._costs.teacher(self.settings.steps)
-        asked = teacher / self._target
-        rows = []
-        for done, speedup in enumerate(FRONT):
-            self.on_progress("table", done, len(FRONT) + len(self._solvers))
-            if abs(speedup / asked - 1) <= 0.05:
-                continue
-            with self._optional(name := f"planned {speedup:g}x"):
-                found = self._again(verdict.record, SAFETY * teacher / speedup)
-                if found is not None:
-                    found = replace(found, name=name, group="planned")
-                    score = self._choice.score(found)
-                    rows.append(policy_row(found, score, self._evaluator, self._costs))
-        return rows
-
-    @contextmanager
-    def _optional(self, name: str) -> Iterator[None]:
-        """Leave out a row of the table that fails, with a remark: the search has its policy."""
-        try:
-            yield
-        except Exception as error:
-            _log.debug("%s is not shown", name, exc_info=True)
-            kind = "" if isinstance(error, AutofrError) else f"{type(error).__name__}: "
-            self._notes.append(f"{name} is not shown: {kind}{error}.")
-
-    def _test(self, verdict: Verdict) -> tuple[Measured, Tested]:
+    def _test(self, verdict: Verdict) -> tuple[Measured, tuple[Samples, Samples]]:
         policy = verdict.found.policy
         return test(
             self.pipe,
@@ -380,24 +346,6 @@ class Search:
             on_progress=lambda done, total: self.on_progress("test", done, total),
             predicted_bytes=self._frame.memory.of(policy.steps, policy.masks, policy.mix),
         )
-
-    def _on_test(self, rows: list[Row], ledger: Ledger, samples: Tested) -> list[Row]:
-        policies = {
-            r.notes["row"]: candidate_of(r.notes).policy
-            for r in ledger.records()
-            if "line" in r.notes
-        }
-        with self._optional("the comparison on the test seeds"):
-            rows = on_test(
-                self.pipe,
-                rows,
-                policies,
-                samples,
-                seeds=self.settings.seeds("test"),
-                batch=self.settings.batch,
-                on_progress=lambda done, total: self.on_progress("rivals", done, total),
-            )
-        return rows
 
     def _provenance(self, trials: int) -> Provenance:
         return Provenance(

@@ -55,6 +55,7 @@ class PlannedAxes(Axes):
     steps: tuple[Annotated[float, Field(gt=0.1, le=1)], ...] = Field((1.0,), min_length=1)
     max_gap: Ones = (3, 8)
     masks: tuple[MaskFamily, ...] = Field(("all",), min_length=1)
+    tilt: Span = (0.0, 0.0)
     phase: Span = (0.0, 0.0)
     agreement: Shares = (1.0, 1.0)
     first: Ones = (1, 1)
