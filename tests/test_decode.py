@@ -317,7 +317,7 @@ def test_a_convolution_inside_a_reused_branch_saves_nothing_more():
 def test_guesses_lie_in_the_space(space):
     """Every guess has exactly the parameters that decoding asks for, each inside its range."""
     found = guesses(space)
-    assert found
+    assert found and all(found.count(one) == 1 for one in found)
     for params in found:
         trial = Fixed(params)  # refuses what is out of range
         with contextlib.suppress(BudgetError):

@@ -27,6 +27,7 @@ FIRST: dict[str, Place] = {
 }  # fmt: skip
 HALF = {"chosen": 8.5}  # of a marker's size in points
 SMALL = 3.5  # of all others
+OUTSIDE = 100  # marks that a note may rather cover than be cut off at an edge
 
 
 def write(ax: Axes, marks: Sequence[Mark]) -> None:
@@ -46,7 +47,7 @@ def write(ax: Axes, marks: Sequence[Mark]) -> None:
             far = _gap(box, own)
             covered += any(_gap(box, other) <= far for _, other in noted if other is not own)
             outside = box.x0 < room.x0 or box.x1 > room.x1 or box.y0 < room.y0
-            found.append((covered + 2 * outside, place, box))
+            found.append((covered + OUTSIDE * outside, place, box))
         _, place, box = min(found, key=lambda one: one[0])
         _put(note, place)
         taken.append(box)

@@ -204,7 +204,7 @@ def rival_rows(result: Result) -> list[list[str]]:
             percent(row.test_error),
             times(row.times_chosen).replace("x", "") if row.times_chosen else "–",
         ]
-        for row in result.rows
+        for row in sorted(result.rows, key=lambda row: row.group != "chosen")
         if row.test_error
     ]
     head = ["test seeds", "speed-up", "error to teacher", "times the policy's"]

@@ -95,26 +95,21 @@ def guesses(space: Space) -> list[dict[str, Any]]:
         "masks": axes.masks[0],
         "mix": axes.mix[0],
         "max_gap": axes.max_gap[1],
+        "first": axes.first[0],
+        "last": axes.last[0],
+        "agreement": axes.agreement[1],
         "rollouts": inside(1, axes.rollouts),
+        **{f"phase{at}": inside(0, axes.phase) for at in range(PLACES)},
     }
     if axes.mix[0] in ("sigmoid", "hard_sigmoid"):
         start |= {"tau": inside(30, axes.tau), "bias": inside(0.5, axes.bias)}
     elif axes.mix[0] == "step":
         start |= {"bias": inside(0.5, axes.bias)}
-    return [
-        start
-        | {f"phase{at}": inside(0, axes.phase) for at in range(PLACES)}
-        | {
-            "tilt": inside(tilt, axes.tilt),
-            "first": axes.first[0],
-            "last": axes.last[0],
-            "agreement": axes.agreement[1],
-            "masks": masks,
-        }
-        for number, tilt in enumerate(TILTS)
-        for masks in axes.masks
-        if masks == axes.masks[0] or (masks == "jump+branches" and number == 0)
-    ]
+    tilts = [*dict.fromkeys(inside(tilt, axes.tilt) for tilt in TILTS)]
+    found = [start | {"tilt": tilt} for tilt in tilts]
+    if "jump+branches" in axes.masks[1:]:
+        found.insert(1, found[0] | {"masks": "jump+branches"})
+    return found
 
 
 def fastest_seconds(space: Space, frame: Frame) -> float:
