@@ -802,6 +802,20 @@ def test_a_table_without_other_solvers_says_why() -> None:
     assert evaluate.other_solvers(tiny_pipe("ddim")) == {}
 
 
+def test_a_pulse_between_two_calls_serves_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of one draw share the pulses between them; another draw begins with its own."""
+    taken: list[float] = []
+
+    def beat(pulse: Any) -> float:
+        taken.append(1.0 + len(taken))
+        return taken[-1]
+
+    monkeypatch.setattr(evaluate.Pulse, "beat", beat)
+    found = evaluate.Evaluator(tiny_pipe("ddim"), range(3), 2, 1, fine_seeds=2)
+    assert len(taken) == (3 + 1) + (2 + 1)
+    assert [pulse for pulse, _ in found.pulse.taken] == [5.5, 6.5]
+
+
 def test_the_nearest_row_is_told_by_the_test_seeds() -> None:
     """What is said of rivals is said of seeds that nothing was chosen by; without any, nothing."""
     chosen = CHOSEN.model_copy(update={"test_error": exact(0.03)})
