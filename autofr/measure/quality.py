@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -301,31 +301,36 @@ def times_interval(values: np.ndarray, base: np.ndarray) -> tuple[float, float, 
     """How many times the mean of `base` the mean of paired values is, with its 95 % bootstrap
     interval over the pairs.
     """
-    from scipy.stats import bootstrap
-
     times = float(np.mean(values) / np.mean(base))
     if len(values) < 2 or np.ptp(values / base) <= 1e-9 * times:
         return times, times, times
-    result = bootstrap(
-        (values, base),
-        lambda some, others: some.mean() / others.mean(),
-        n_resamples=1000,
-        paired=True,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return times, float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+    def ratio(some: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
+        return some.mean(axis) / others.mean(axis)
+
+    return times, *_bootstrapped((values, base), ratio)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of per-sample values with its 95 % bootstrap interval."""
-    from scipy.stats import bootstrap
-
     mean = float(np.mean(values))
     if len(values) < 2 or np.ptp(values) == 0:
         return mean, mean, mean
-    result = bootstrap(
-        (values,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
-    )
-    return mean, float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return mean, *_bootstrapped((values,), np.mean)
+
+
+def _bootstrapped(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a statistic of samples, which are resampled together."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        samples,
+        statistic,
+        n_resamples=1000,
+        paired=len(samples) > 1,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)

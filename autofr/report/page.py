@@ -14,14 +14,7 @@ from autofr.memory import size
 from autofr.policy import Measured
 from autofr.report import before_after, front, policy_chart, profile_charts, result_charts
 from autofr.report.html import data_url, render
-from autofr.report.report import (
-    final_rows,
-    headline,
-    protocol_rows,
-    rival_rows,
-    table,
-    told,
-)
+from autofr.report.report import final_rows, headline, protocol_rows, rival_rows, table, told
 from autofr.report.svg import MARKERS
 from autofr.report.wording import duration, exact, percent, times, wanted_speedup
 from autofr.search.result import Result

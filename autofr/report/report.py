@@ -202,7 +202,7 @@ def rival_rows(result: Result) -> list[list[str]]:
             row.name,
             times(row.speedup) if row.speedup else f"{row.predicted_speedup:.2f}x",
             percent(row.test_error),
-            times(row.times_chosen).replace("x", "") if row.times_chosen else "–",
+            times(row.times_chosen, unit="") if row.times_chosen else "–",
         ]
         for row in sorted(result.rows, key=lambda row: row.group != "chosen")
         if row.test_error

@@ -25,9 +25,9 @@ def percent(value: Interval) -> str:
     return f"{100 * value.value:.{digits}f} %{spread if value.high > value.low else ''}"
 
 
-def times(value: Interval) -> str:
+def times(value: Interval, unit: str = "x") -> str:
     """A speed-up with its interval."""
-    return f"{value.value:.2f}x ({value.low:.2f}–{value.high:.2f})"
+    return f"{value.value:.2f}{unit} ({value.low:.2f}–{value.high:.2f})"
 
 
 def wanted_speedup(result: Result) -> float | None:

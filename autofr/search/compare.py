@@ -78,14 +78,14 @@ def rivals(rows: Sequence[Row]) -> list[Row]:
 def remarks(rows: Sequence[Row]) -> list[str]:
     """Say plainly where a row is better than the choice at about its time."""
     chosen = next(row for row in rows if row.group == "chosen")
-    lines = []
-    for row in as_fast(rows):
+    lines, rows_as_fast = [], as_fast(rows)
+    for row in rows_as_fast:
         if row.candidate and row.error.value < chosen.error.value:
             lines.append(
                 f"{row.name} is as fast and nearer to the teacher: error {row.error.value:.4f}"
                 f" against {chosen.error.value:.4f}."
             )
-    lines += _better_solver(chosen, as_fast(rows))
+    lines += _better_solver(chosen, rows_as_fast)
     if all(row.group != "other solver" for row in rows):
         lines.append("No other solver is shown: this pipe cannot drive those that are compared.")
     tested = [row for row in rows if row.times_chosen]

@@ -78,21 +78,16 @@ class Table:
         base = latent_errors(chosen.latents, teacher.latents)
         seeds, batch = self.settings.seeds("test"), self.settings.batch
         policies = {r.notes["row"]: candidate_of(r.notes).policy for r in self.published}
-        named = [row.name for row in rivals(rows)]
-        found = []
-        for row in rows:
-            told = {"test_error": interval(base)} if row.group == "chosen" else {}
-            if row.name in named:
-                before = named.index(row.name) * len(seeds)
+        told = {row.name: {"test_error": interval(base)} for row in rows if row.group == "chosen"}
+        for number, row in enumerate(nearest := rivals(rows)):
 
-                def on_drawn(done: int, total: int, before: int = before) -> None:
-                    self.on_progress("rivals", before + done, len(named) * total)
+            def on_drawn(done: int, total: int, before: int = number) -> None:
+                self.on_progress("rivals", before * total + done, len(nearest) * total)
 
-                with self._optional(f"{row.name} on the test seeds"):
-                    drawn, _ = drawn_with(self.pipe, policies[row.name], seeds, batch, on_drawn)
-                    told = _against(latent_errors(drawn.latents, teacher.latents), base)
-            found.append(row.model_copy(update=told))
-        return found
+            with self._optional(f"{row.name} on the test seeds"):
+                drawn, _ = drawn_with(self.pipe, policies[row.name], seeds, batch, on_drawn)
+                told[row.name] = _against(latent_errors(drawn.latents, teacher.latents), base)
+        return [row.model_copy(update=told.get(row.name, {})) for row in rows]
 
     def _front(self, verdict: Verdict) -> list[Row]:
         """The chosen parameters at other speed-ups; none where the choice has no front."""
