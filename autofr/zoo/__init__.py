@@ -67,7 +67,7 @@ BUNDLED = {
         steps=30,
         batch=4,
         stands_for="DiT-XL/2 (ImageNet)",
-        call={"guidance_scale": 1.5},
+        call={"guidance_scale": 2.0},
     ),
     "sd": Bundled(
         pipeline="StableDiffusionPipeline",

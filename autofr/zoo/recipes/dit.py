@@ -25,7 +25,7 @@ CLASSES = {
 }  # fmt: skip
 """Five of Unicode's groups, each with the subgroups that so small a model draws well."""
 STEPS = 30
-GUIDANCE = 1.5  # as in the DiT paper (Peebles & Xie 2023, table 2)
+GUIDANCE = 2.0
 RATE = 7e-4  # learning rate of the denoiser, at its peak
 NOBODY = 1000
 """The label of no class; DiTPipeline knows no other."""
