@@ -123,8 +123,9 @@ def _calls(settings: Settings, speedup: float) -> float:
     trial = (settings.trial_seeds / settings.batch + 2) / speedup  # scored, and its mix corrected
     tests = settings.test_seeds / settings.batch
     drawn = 2 * batches + (1 + 4 / speedup) * tests  # unaccelerated, by the policy and its rivals
+    gains = 5 * -(-settings.calibration_seeds // settings.batch)
     rest = 5 + 25 + 70  # profile, calibration, timing in pairs
-    return rows + settings.trials * trial + drawn + rest
+    return rows + settings.trials * trial + drawn + gains + rest
 
 
 # -- parts of a search, on their own --------------------------------------------------------------

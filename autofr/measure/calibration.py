@@ -20,9 +20,9 @@ import torch
 
 from autofr import files, reading
 from autofr.errors import MeasurementError, damaged
+from autofr.measure import gains
 from autofr.measure.masks import GUIDANCE, Masks
 from autofr.runtime import guidance, halves
-from autofr.runtime.clock import bare_scheduler
 from autofr.runtime.families import discover
 from autofr.runtime.held import forms
 from autofr.runtime.patch import Patch
@@ -30,6 +30,7 @@ from autofr.runtime.points import Pipe, find_denoiser
 from autofr.runtime.recording import Tape, record
 from autofr.runtime.sampler import batches, draw
 
+TINY = np.finfo(float).tiny
 MAX_BYTES = 2**31
 """Of a calibration, unpacked."""
 _log = logging.getLogger("autofr")
@@ -49,7 +50,8 @@ class Calibration:
     score with itself. Entries that no keyframe reaches are NaN, as are those of a mask that
     computes one guidance branch: of its scores, which need no further run, `branch` (2, N, N) has
     the products with the teacher's (row: the teacher's step) and with each other; it is empty where
-    no mask does. `gain` (N,): how a unit error of the score at a step moves the final latents.
+    no mask does. `gain` (N,): how a unit error of the score at a step moves the final latents,
+    through the network.
     `norm`: mean squared norm of the final latents.
     `switch`: the step at which a second denoiser takes over; 0 where there is one only.
     `stages`: the most calls of the denoiser, per guidance branch, that make up a step after the
@@ -145,8 +147,8 @@ def calibrate(
 
     `batch` seeds at a time (all by default): inner products add up. Scores are compared as the
     scheduler gets them (after guidance), in the form in which they are held, and where the pipe
-    draws: what it overwrites after every step (inpainting) does not count. Cost: N keyframes and
-    about N * max_gap * len(masks) reduced evaluations.
+    draws: what it overwrites after every step (inpainting) does not count. Cost: N keyframes,
+    about N * max_gap * len(masks) reduced evaluations, and five calls for the gains.
     Raises: MeasurementError when the model gives NaN; ModelError for a pipe that ends early, or
         changes its batch or its branches on the way.
     """
@@ -170,7 +172,7 @@ def _together(parts: Sequence[Calibration]) -> Calibration:
         teacher=sum(part.teacher for part in parts),  # type: ignore[arg-type]
         cross=sum(part.cross for part in parts),  # type: ignore[arg-type]
         own=sum(part.own for part in parts),  # type: ignore[arg-type]
-        gain=np.mean([part.gain for part in parts], axis=0),
+        gain=np.exp(np.mean([np.log(np.maximum(part.gain, TINY)) for part in parts], axis=0)),
         norm=sum(part.norm for part in parts),
         switch=first.switch,
         first=first.first,
@@ -216,7 +218,8 @@ def _calibrate(
         patch.remove()
     products = (scores @ scores.T).cpu().numpy()
     final = teacher.drawn(tape.latents[-1][: len(seeds)].double().flatten())
-    gain = step_gains(tape, drawn) / teacher.slopes
+    alone = gains.by_scheduler(tape, drawn)
+    gain = gains.through_network(pipe, seeds, tape, alone) / teacher.slopes
     norm = float(final.square().sum())
     stages = max([1, *(tape.ran.count(step) for step in {*tape.ran} - {tape.ran[0]})])
     branch, half = no_branch(), halves.branch_of(masks.get(GUIDANCE, ()))
@@ -297,40 +300,3 @@ class _Teacher:
         """Nothing but what the pipe goes on with, where the rest is overwritten."""
         fits = self._kept is not None and self._kept.shape == flat.shape
         return flat * self._kept if fits else flat
-
-
-@torch.inference_mode()
-def step_gains(tape: Tape, drawn: torch.Tensor | None = None) -> np.ndarray:
-    """Measure how far an error of the score at each step moves the final latents, by the
-    scheduler alone: it is run on the stored scores with one of them perturbed (no network calls).
-
-    With `drawn`, errors are those where it is true (see `Tape.drawn`).
-    Exact for solvers that are linear in the scores (DDIM, Euler, multistep without clipping), and
-    under inpainting: they take every element for itself, so that none is moved by what is
-    overwritten elsewhere.
-    """
-    scores, ran = tape.scores, tape.ran
-    # The noise of a replay comes from one seed instead, the same in all of them.
-    fixed = {name: value for name, value in tape.others.items() if name != "generator"}
-
-    def replay(changed: int | None = None) -> torch.Tensor:
-        scheduler = bare_scheduler(tape.scheduler)
-        latents = tape.first_latents
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for index, score in enumerate(scores):
-                if ran[index] == changed:
-                    score = score + nudge
-                time = scheduler.timesteps[tape.begin + index]
-                latents = scheduler.step(score, time, latents, **fixed)[0]
-        return latents
-
-    nudge = 1e-2 * torch.randn(
-        scores[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
-    ).to(scores[0])
-    if drawn is not None:
-        nudge = nudge * drawn
-    base = replay()
-    size = float(nudge.double().norm())
-    steps = range(ran[0], ran[-1] + 1)
-    return np.array([float((replay(i) - base).double().norm()) / size for i in steps])

@@ -26,10 +26,9 @@ from autofr.search.space import (
     largest_gap,
 )
 
-TILTS = (2.25, 1.5, 3.0, 0.75, 4.0)
-"""Guesses: how much more the end of a call counts than the scheduler says, as a log weight that
-rises from minus this to this. The network draws what it is given to where it belongs, so that early
-errors fade.
+TILTS = (0.0, -1.0, 1.0, -2.0, 2.0)
+"""Guesses: how much more the end of a call counts than its gains say, as a log weight that rises
+from minus this to this.
 """
 PLACES = 7  # of a call, at which a phase is searched
 
