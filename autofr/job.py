@@ -10,6 +10,7 @@ from pathlib import Path
 from autofr.errors import ModelError
 from autofr.measure import profile_file, profiling
 from autofr.measure.alignment import NOBODY, Judge
+from autofr.measure.gains import PLACES
 from autofr.measure.latency import seconds
 from autofr.measure.masks import candidate_masks
 from autofr.measure.profile_file import Profile
@@ -118,12 +119,13 @@ def search_seconds(settings: Settings, call: float) -> float:
 
 def _calls(settings: Settings, speedup: float) -> float:
     """How many unaccelerated calls take as long as the search: rough counts of its stages."""
-    batches = -(-settings.validation_seeds // settings.batch)
+    seeds = settings.validation_seeds, settings.calibration_seeds
+    batches, calibrated = (-(-many // settings.batch) for many in seeds)
     rows = 24 * batches / 1.4  # published schedules, at about their mean speed-up
     trial = (settings.trial_seeds / settings.batch + 2) / speedup  # scored, and its mix corrected
     tests = settings.test_seeds / settings.batch
     drawn = 2 * batches + (1 + 4 / speedup) * tests  # unaccelerated, by the policy and its rivals
-    gains = 5 * -(-settings.calibration_seeds // settings.batch)
+    gains = PLACES / 2 * calibrated  # half a call for each
     rest = 5 + 25 + 70  # profile, calibration, timing in pairs
     return rows + settings.trials * trial + drawn + gains + rest
 

@@ -24,6 +24,21 @@ def pipe():
     return make_pipe()
 
 
+def coefficients(scheduler):
+    """DDIM's step is x ← a x + b s: a and b of every step."""
+    scheduler.set_timesteps(N)
+    now = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
+    then = np.append(now[1:], float(scheduler.final_alpha_cumprod))
+    a = np.sqrt(then / now)
+    return a, np.sqrt(1 - then) - a * np.sqrt(1 - now)
+
+
+def smoothed(shares):
+    """Shares with a quarter of each neighbour's logarithm; the first and last have one twice."""
+    logs = np.pad(np.log(np.abs(shares)), 1, "edge")
+    return np.exp(0.25 * logs[:-2] + 0.5 * logs[1:-1] + 0.25 * logs[2:])
+
+
 # -- by the scheduler alone ------------------------------------------------------------------------
 
 
@@ -32,12 +47,7 @@ def test_gains_of_ddim_are_products_of_coefficients():
     pipe = make_pipe()
     tape = taped(pipe)
     found = by_scheduler(tape)
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(N)
-    now = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
-    then = np.append(now[1:], float(scheduler.final_alpha_cumprod))
-    a = np.sqrt(then / now)
-    b = np.sqrt(1 - then) - a * np.sqrt(1 - now)
+    a, b = coefficients(pipe.scheduler)
     expected = [abs(b[i]) * a[i + 1 :].prod() for i in range(N)]
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
@@ -121,18 +131,10 @@ def test_a_network_that_ignores_its_input_changes_no_gain(pipe):
 def test_gains_of_a_linear_network_are_products(pipe, slope):
     """x ← (a + c b) x: an error of the score i moves the end by b_i Π (a_j + c b_j)."""
     found, alone = through(linear(pipe, slope))
-    pipe.scheduler.set_timesteps(N)
-    now = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double().numpy()
-    then = np.append(now[1:], float(pipe.scheduler.final_alpha_cumprod))
-    a = np.sqrt(then / now)
-    b = np.sqrt(1 - then) - a * np.sqrt(1 - now)
-    shares = [np.prod(1 + slope * b[i + 1 :] / a[i + 1 :]) for i in range(N)]
-    steps = np.arange(1, N)  # each has a place: smoothed over its neighbours
-    assert len(steps) <= PLACES
-    logs = np.log(np.abs(shares))[steps]
-    padded = np.pad(logs, 1, "edge")
-    expected = np.exp(0.25 * padded[:-2] + 0.5 * logs + 0.25 * padded[2:])
-    np.testing.assert_allclose((found / alone)[steps], expected, rtol=2e-2)
+    a, b = coefficients(pipe.scheduler)
+    assert N - 1 <= PLACES  # each step after the first has a place
+    shares = [np.prod(1 + slope * b[i + 1 :] / a[i + 1 :]) for i in range(1, N)]
+    np.testing.assert_allclose((found / alone)[1:], smoothed(shares), rtol=2e-2)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp", "unipc"])
@@ -154,9 +156,7 @@ def test_every_solver_leaves_what_runs_with_an_error_end_with(pipe, solver):
         return run.latents[-1].double()
 
     shares = [float((end(i) - end(None)).norm() / error.norm()) / alone[i] for i in range(1, N)]
-    padded = np.pad(np.log(shares), 1, "edge")
-    expected = np.exp(0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:])
-    np.testing.assert_allclose((found / alone)[1:], expected, rtol=0.05)
+    np.testing.assert_allclose((found / alone)[1:], smoothed(shares), rtol=0.05)
 
 
 def test_steps_before_an_error_are_not_computed(pipe):

@@ -30,7 +30,6 @@ from autofr.runtime.points import Pipe, find_denoiser
 from autofr.runtime.recording import Tape, record
 from autofr.runtime.sampler import batches, draw
 
-TINY = np.finfo(float).tiny
 MAX_BYTES = 2**31
 """Of a calibration, unpacked."""
 _log = logging.getLogger("autofr")
@@ -165,14 +164,16 @@ def calibrate(
 
 
 def _together(parts: Sequence[Calibration]) -> Calibration:
-    """Add up what was measured on parts of the seeds; gains are averaged."""
+    """Add up what was measured on parts of the seeds; gains are their geometric mean."""
+    from scipy.stats import gmean
+
     first = parts[0]
     return Calibration(
         masks=first.masks,
         teacher=sum(part.teacher for part in parts),  # type: ignore[arg-type]
         cross=sum(part.cross for part in parts),  # type: ignore[arg-type]
         own=sum(part.own for part in parts),  # type: ignore[arg-type]
-        gain=np.exp(np.mean([np.log(np.maximum(part.gain, TINY)) for part in parts], axis=0)),
+        gain=gmean([part.gain for part in parts], axis=0),
         norm=sum(part.norm for part in parts),
         switch=first.switch,
         first=first.first,
@@ -201,9 +202,9 @@ def _calibrate(
         raise MeasurementError("the model returned NaN or infinity during calibration")
     cross, own = np.full((m, n, max_gap, n), np.nan), np.full((m, n, max_gap), np.nan)
     points = discover(find_denoiser(pipe)) | halves.POINTS
-    patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()]).install()
+    patch = Patch(pipe, [[points[name] for name in mask] for mask in masks.values()])
     within = [index for index, name in enumerate(masks) if name != GUIDANCE]
-    try:
+    with patch:
         for key in range(n - 1):
             teacher.run(key, patch.keyframe)
             for gap in range(1, min(max_gap, teacher.last_of(key) - key) + 1):
@@ -214,12 +215,10 @@ def _calibrate(
                     cross[index, step, gap - 1] = (scores @ reduced).cpu().numpy()
                     own[index, step, gap - 1] = float(reduced @ reduced)
             on_key(key + 1, n - 1)
-    finally:
-        patch.remove()
     products = (scores @ scores.T).cpu().numpy()
     final = teacher.drawn(tape.latents[-1][: len(seeds)].double().flatten())
     alone = gains.by_scheduler(tape, drawn)
-    gain = gains.through_network(pipe, seeds, tape, alone) / teacher.slopes
+    gain = gains.through_network(pipe, seeds, tape, alone, drawn) / teacher.slopes
     norm = float(final.square().sum())
     stages = max([1, *(tape.ran.count(step) for step in {*tape.ran} - {tape.ran[0]})])
     branch, half = no_branch(), halves.branch_of(masks.get(GUIDANCE, ()))

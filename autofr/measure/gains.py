@@ -15,32 +15,38 @@ from autofr.runtime.clock import bare_scheduler
 from autofr.runtime.patch import Patch
 from autofr.runtime.points import Pipe
 from autofr.runtime.recording import Tape, record
-from autofr.runtime.root import HOLD
+from autofr.runtime.root import FULL, JUMPED
 from autofr.runtime.sampler import draw
-from autofr.runtime.store import COMPUTE
 
 PLACES = 10  # of a call, at which errors are drawn on through the network
 LEAST = 1e-3  # what is left of an error at least, so that logarithms are finite
 
 
 @torch.inference_mode()
-def through_network(pipe: Pipe, seeds: Sequence[int], tape: Tape, alone: np.ndarray) -> np.ndarray:
+def through_network(
+    pipe: Pipe,
+    seeds: Sequence[int],
+    tape: Tape,
+    alone: np.ndarray,
+    drawn: torch.Tensor | None = None,
+) -> np.ndarray:
     """Measure gains (steps,) with the network in the loop, from a recorded run of these seeds.
 
     At a few places the score gets an error such as a plan makes, what the scores around it do not
     explain of it, and the pipe draws on; until there it is given what it had, so that nothing is
     computed. What is left of the error, relative to what the gains of the scheduler `alone` say, is
     the geometric mean over samples, smoothed over neighbouring places; in between, its logarithm
-    runs in straight lines. Costs about half a call for each place.
+    runs in straight lines. Costs about half a call for each place. With `drawn`, errors are those
+    where it is true.
     """
-    ran, drawn = tape.ran, tape.drawn()
-    passes = [ran.index(step) for step in range(ran[0], ran[-1] + 1)]
-    steps = len(passes)
+    ran = tape.ran
+    steps = ran[-1] - ran[0] + 1
     places = np.unique(np.linspace(min(1, steps - 1), steps - 1, PLACES).round().astype(int))
     left = []
     for place in places.tolist():
-        error = _missed(tape.scores, passes[place])
-        final = _drawn_on(pipe, seeds, tape, ran[0] + place, error)
+        step = ran[0] + place
+        error = _missed(tape.scores, ran.index(step))
+        final = _drawn_on(pipe, seeds, tape, step, error)
         moved = _norms(final - tape.latents[-1], drawn, len(seeds))
         size = _norms(error, drawn, len(seeds))
         expected = alone[place] * size
@@ -60,13 +66,13 @@ def _missed(scores: Sequence[torch.Tensor], at: int) -> torch.Tensor:
     score = scores[at]
     around = [scores[i] for i in (at - 2, at - 1, at + 1) if 0 <= i < len(scores)]
     wanted = score.double().flatten().cpu()
-    error = wanted
+    error = torch.zeros_like(wanted)
     if around:
         basis = torch.stack([other.double().flatten().cpu() for other in around], 1)
         error = wanted - basis @ torch.linalg.lstsq(basis, wanted[:, None], driver="gelsd")[0][:, 0]
     least = torch.finfo(score.dtype).eps ** 0.5 * float(wanted.norm())
     way = error if error.any() else wanted
-    size = max(float(error.norm()), least) if around else least
+    size = max(float(error.norm()), least)
     found = way * (size / max(float(way.norm()), torch.finfo(way.dtype).tiny))
     return found.view(score.shape).to(score)
 
@@ -83,13 +89,9 @@ def _drawn_on(
         return tape.scores[now] + error if tape.ran[now] == step else tape.scores[now]
 
     steps = range(tape.steps[-1] + 1)  # those that do not run too
-    plan = [(HOLD, (0.0, 1.0)) if at <= step else (COMPUTE, ()) for at in steps]
-    patch = Patch(pipe, [], plan).install()
-    try:
-        with record(pipe, revise=revise) as again:
-            draw(pipe, seeds, len(plan))
-    finally:
-        patch.remove()
+    plan = [JUMPED if at <= step else FULL for at in steps]
+    with Patch(pipe, [], plan), record(pipe, revise=revise) as again:
+        draw(pipe, seeds, len(plan))
     return again.latents[-1]
 
 

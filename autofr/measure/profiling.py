@@ -31,10 +31,9 @@ from autofr.runtime.points import (
     fingerprint,
 )
 from autofr.runtime.recording import record
-from autofr.runtime.root import HOLD
+from autofr.runtime.root import FULL, JUMPED
 from autofr.runtime.sampler import draw
 from autofr.runtime.start import Starts
-from autofr.runtime.store import COMPUTE
 
 
 def versions() -> dict[str, str]:
@@ -230,32 +229,26 @@ def costs_of(
 
     def whole(steps: Sequence[str]) -> None:
         patch.remove()
-        rows = [(COMPUTE, ()) if s == KEY else (HOLD, (0.0, 1.0)) for s in steps]
-        timed = Patch(pipe, [], rows if JUMP in steps else [(COMPUTE, ())] * len(steps))
-        timed.install()
+        plan = [JUMPED if step != KEY and JUMP in steps else FULL for step in steps]
         try:
-            draw(pipe, seeds, len(steps))
+            with Patch(pipe, [], plan):
+                draw(pipe, seeds, len(steps))
         finally:
-            timed.remove()
             patch.install()
 
     few = starts.short(2, steps)
-    patch.install()
-    try:
-        with torch.inference_mode():
-            return measure_costs(
-                whole,
-                evaluate,
-                steps,
-                [*masks],
-                device=device_of(pipe),
-                refresh=refresh,
-                first=starts,
-                few=few,
-                on_round=on_progress,
-            )
-    finally:
-        patch.remove()
+    with patch, torch.inference_mode():
+        return measure_costs(
+            whole,
+            evaluate,
+            steps,
+            [*masks],
+            device=device_of(pipe),
+            refresh=refresh,
+            first=starts,
+            few=few,
+            on_round=on_progress,
+        )
 
 
 def _stage_seconds(

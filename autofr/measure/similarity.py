@@ -66,8 +66,7 @@ def measure_similarity(
     Raises: MeasurementError when the model gives NaN; ModelError when the batch changes on the way.
     """
     comparison = _Comparison([*points, SCORE], steps, max_gap)
-    patch = Patch(pipe, [[point] for point in points.values()]).install()
-
+    patch = Patch(pipe, [[point] for point in points.values()])
     shapes: list[list[torch.Size]] = []
 
     def listen(step: int, score: torch.Tensor) -> None:
@@ -83,11 +82,8 @@ def measure_similarity(
             if on_progress:
                 on_progress(step + 1, steps)
 
-    try:
-        with patch.keyframe(), record(pipe, on_score=listen):
-            draw(pipe, seeds, steps)
-    finally:
-        patch.remove()
+    with patch, patch.keyframe(), record(pipe, on_score=listen):
+        draw(pipe, seeds, steps)
     return comparison.found(), comparison.bytes
 
 

@@ -29,7 +29,7 @@ class Patch(Listener):
     With a `plan` (one row per solver step) the root hook follows the scheduler; without one the
     caller sets the mode of direct denoiser calls by `keyframe()` and `reduced(mask)`.
     `replaces` is the step count that a call may ask for instead of the plan's; `packing` says how
-    kept tensors are stored.
+    kept tensors are stored. As a context it is on the pipe inside the block.
     """
 
     def __init__(
@@ -101,6 +101,12 @@ class Patch(Listener):
             hook.take_off(module)
         self._hooks.clear()
         self.run.clear()
+
+    def __enter__(self) -> Patch:
+        return self.install()
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     @contextmanager
     def keyframe(self, branch: Branch = (0, 0)) -> Iterator[None]:

@@ -36,6 +36,8 @@ _log = logging.getLogger("autofr")
 
 Row = tuple[int, tuple[float, ...]]
 """One step of a compiled policy: mask index and mix weights."""
+FULL: Row = (COMPUTE, ())
+JUMPED: Row = (HOLD, (0.0, 1.0))
 
 OnMix = Callable[[int, Form | None, Any, Any, Sequence[Any]], None]
 """(step, form, sample, reduced score or None at a jump, held scores), called before they are mixed;
