@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autofr.errors import BudgetError, MeasurementError
 from autofr.measure import latency
 from autofr.measure.costs import Costs, parse_budget
-from autofr.measure.latency import measure_costs, median_interval, paired, seconds, synchronize
+from autofr.measure.latency import measure_costs, paired, seconds, synchronize
 
 laws = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 durations = st.floats(1e-6, 1e3)
@@ -295,12 +295,6 @@ def test_every_accelerator_is_waited_for(monkeypatch, device, waits):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: seen.append(str(where)))
     synchronize(device)
     assert seen == waits
-
-
-def test_the_median_interval_of_equal_values_is_a_point():
-    """No spread, no width."""
-    found = median_interval(np.full(7, 2.5))
-    assert (found.low, found.value, found.high) == (2.5, 2.5, 2.5)
 
 
 def test_a_call_of_one_step_has_no_parts() -> None:

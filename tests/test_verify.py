@@ -99,14 +99,19 @@ class Bench:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lows: Sequence[float]) -> None:
         self.lows, self.asked = iter(lows), []
-        self.timed = 0
+        self.given: list[dict[str, Any]] = []
+        self.pairs = 6
         monkeypatch.setattr(verify, "time_policy", self.time_policy)
 
-    def time_policy(self, *_: Any, **__: Any) -> Paired:
+    @property
+    def timed(self) -> int:
+        return len(self.given)
+
+    def time_policy(self, *_: Any, **given: Any) -> Paired:
         low = next(self.lows)
-        self.timed += 1
+        self.given.append(given)
         ratio = Interval(value=low + 0.02, low=low, high=low + 0.04)
-        return Paired(ratio, 1.0, 1 / ratio.value, 6, ratio.value)
+        return Paired(ratio, 1.0, 1 / ratio.value, self.pairs, ratio.value)
 
     def again(self, found: Record, seconds: float) -> Choice | None:
         self.asked.append((found.number, seconds))
@@ -164,10 +169,28 @@ def test_time_to_spare_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_kept_the_budget_is_not_lost_to_a_slower_one_that_misses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the replanned policy misses, the one that kept the budget is taken."""
-    bench = Bench(monkeypatch, [1.6, 1.45])
+    """Where the replanned policies miss, the one that kept the budget is taken."""
+    bench = Bench(monkeypatch, [1.6, 1.45, 1.48])
     verdict = bench.choose(RANKED, "1.5x", bench.again)
-    assert verdict.found.name == "first" and bench.timed == 2
+    assert verdict.found.name == "first" and bench.timed == 1 + verify.REPLANS
+
+
+def test_after_a_miss_the_time_between_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was given back too generously is given back in part."""
+    bench = Bench(monkeypatch, [1.6, 1.45, 1.53])
+    verdict = bench.choose(RANKED, "1.5x", bench.again)
+    (_, generous), (_, between) = bench.asked
+    assert 0.66 < between < generous
+    assert verdict.found.name == "tighter 2" and verdict.timing.ratio.low == 1.53
+
+
+def test_a_slow_device_gets_as_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Effort is counted in pairs of calls, and every policy is measured by some."""
+    bench = Bench(monkeypatch, [1.2, 1.3, 1.4, 1.45, 1.5])
+    bench.pairs = 30
+    assert bench.choose(RANKED, "1.5x", bench.again).timing.ratio.low == 1.5
+    assert [given["max_pairs"] for given in bench.given] == [45, 45, 30, 12, 12]
+    assert all(given["max_seconds"] == math.inf for given in bench.given)
 
 
 def test_time_that_is_given_back_is_taken_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:

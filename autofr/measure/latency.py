@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from autofr.errors import MeasurementError
+from autofr.measure import confidence
 from autofr.measure.costs import Costs, whole
 from autofr.mix import JUMP, KEY
 from autofr.policy import Interval
@@ -83,7 +84,7 @@ def paired(
         pairs = len(walls)
         if pairs < min_pairs:
             continue
-        ratio = median_interval(np.array([x / y for x, y in walls]))
+        ratio = confidence.of_median(np.array([x / y for x, y in walls]))
         narrow = (ratio.high - ratio.low) / 2 <= half_width * ratio.value
         if on_pair:
             on_pair(pairs, (ratio.high - ratio.low) / 2 / ratio.value)
@@ -92,14 +93,6 @@ def paired(
     one, two = np.median(np.array(walls), axis=0)
     busy = np.median([x / y if y > 0 else np.nan for x, y in cpus])
     return Paired(ratio, float(one), float(two), pairs, float(busy))
-
-
-def median_interval(values: np.ndarray) -> Interval:
-    """Median with its 95 % percentile-bootstrap interval."""
-    rng = np.random.default_rng(0)
-    draws = np.median(rng.choice(values, (2000, len(values))), axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(value=float(np.median(values)), low=float(low), high=float(high))
 
 
 def measure_costs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from torch import nn
 
 from autofr import reading
 from autofr.errors import ModelError
+from autofr.policy import Interval
 
 WEIGHTS, STATISTICS, SETS = "features.safetensors", "reference.safetensors", "sets.json"
 
@@ -232,7 +233,7 @@ def _frechet(real: Reference, fake: Reference) -> float:
 
 def fid_difference(
     features: Features, teacher: torch.Tensor, policy: torch.Tensor, resamples: int = 300
-) -> tuple[float, float, float]:
+) -> Interval:
     """FID(policy) - FID(teacher) with its 95 % paired bootstrap interval.
 
     Both feature tensors (n, d) come from the same seeds, and each resample draws the same rows
@@ -246,7 +247,7 @@ def fid_difference(
         rows = torch.from_numpy(rng.integers(len(teacher), size=len(teacher)))
         draws.append(features.fid(policy[rows]) - features.fid(teacher[rows]))
     low, high = np.percentile(draws, [2.5, 97.5])
-    return value, float(2 * value - high), float(2 * value - low)
+    return Interval(value=value, low=float(2 * value - high), high=float(2 * value - low))
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
@@ -295,42 +296,3 @@ def trimmed_mean(values: np.ndarray) -> float:
     """
     kept = np.sort(values)[: len(values) - len(values) // 8]
     return float(kept.mean())
-
-
-def times_interval(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """How many times the mean of `base` the mean of paired values is, with its 95 % bootstrap
-    interval over the pairs.
-    """
-    times = float(np.mean(values) / np.mean(base))
-    if len(values) < 2 or np.ptp(values / base) <= 1e-9 * times:
-        return times, times, times
-
-    def ratio(some: np.ndarray, others: np.ndarray, axis: int = -1) -> np.ndarray:
-        return some.mean(axis) / others.mean(axis)
-
-    return times, *_bootstrapped((values, base), ratio)
-
-
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of per-sample values with its 95 % bootstrap interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2 or np.ptp(values) == 0:
-        return mean, mean, mean
-    return mean, *_bootstrapped((values,), np.mean)
-
-
-def _bootstrapped(
-    samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a statistic of samples, which are resampled together."""
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        samples,
-        statistic,
-        n_resamples=1000,
-        paired=len(samples) > 1,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)

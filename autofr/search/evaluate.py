@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from autofr.errors import MeasurementError, ModelError, TaskError
-from autofr.measure.latency import median_interval, seconds
-from autofr.measure.quality import Features, mean_interval, relative_error, trimmed_mean
+from autofr.measure import confidence
+from autofr.measure.latency import seconds
+from autofr.measure.quality import Features, relative_error, trimmed_mean
 from autofr.plan.baselines import Group
 from autofr.policy import Interval, Policy
 from autofr.runtime.clock import Clock, Listener
@@ -54,7 +55,7 @@ class Score:
     @property
     def error(self) -> Interval:
         """Mean error to the teacher with its interval."""
-        return interval(self.errors)
+        return confidence.of_mean(self.errors)
 
     @property
     def typical(self) -> float:
@@ -64,13 +65,7 @@ class Score:
     @property
     def reference_error(self) -> Interval:
         """Mean error to the fine reference with its interval."""
-        return interval(self.reference_errors)
-
-
-def interval(values: np.ndarray) -> Interval:
-    """Mean and 95 % bootstrap interval of per-sample values."""
-    value, low, high = mean_interval(values)
-    return Interval(value=value, low=low, high=high)
+        return confidence.of_mean(self.reference_errors)
 
 
 def latent_errors(found: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
@@ -158,7 +153,7 @@ class Pulse:
     def speedup(self) -> Interval | None:
         """Teacher seconds over the noted calls' seconds, with its interval; None without notes."""
         ratios = np.array([self._ratio * beat / spent for beat, spent in self.taken])
-        return median_interval(ratios) if len(ratios) else None
+        return confidence.of_median(ratios) if len(ratios) else None
 
 
 class Evaluator:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from autofr.errors import AutofrError
+from autofr.measure import confidence
 from autofr.measure.costs import Costs
-from autofr.measure.quality import times_interval
 from autofr.policy import Interval
 from autofr.runtime.points import Pipe
 from autofr.runtime.sampler import Samples
 from autofr.search.compare import policy_row, rivals, solver_row
-from autofr.search.evaluate import Candidate, Evaluator, Score, interval, latent_errors
+from autofr.search.evaluate import Candidate, Evaluator, Score, latent_errors
 from autofr.search.folder import Settings
 from autofr.search.ledger import Record
 from autofr.search.result import Row
@@ -78,7 +78,8 @@ class Table:
         base = latent_errors(chosen.latents, teacher.latents)
         seeds, batch = self.settings.seeds("test"), self.settings.batch
         policies = {r.notes["row"]: candidate_of(r.notes).policy for r in self.published}
-        told = {row.name: {"test_error": interval(base)} for row in rows if row.group == "chosen"}
+        own = {"test_error": confidence.of_mean(base)}
+        told = {row.name: own for row in rows if row.group == "chosen"}
         for number, row in enumerate(nearest := rivals(rows)):
 
             def on_drawn(done: int, total: int, before: int = number) -> None:
@@ -121,8 +122,7 @@ class Table:
 
 def _against(errors: np.ndarray, base: np.ndarray) -> dict[str, Interval]:
     """What a rival's row says of the test seeds; no multiple of a choice without any error."""
-    told = {"test_error": interval(errors)}
+    told = {"test_error": confidence.of_mean(errors)}
     if base.all():
-        value, low, high = times_interval(errors, base)
-        told["times_chosen"] = Interval(value=value, low=low, high=high)
+        told["times_chosen"] = confidence.of_times(errors, base)
     return told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,25 +10,27 @@ from functools import partial
 import torch
 
 from autofr.errors import BudgetError, MeasurementError
+from autofr.measure import confidence
 from autofr.measure.alignment import Alignment, Judge, prompts_of
 from autofr.measure.latency import Paired, paired
 from autofr.measure.profiling import device_name, versions
 from autofr.measure.quality import Features, band_errors, fid_difference, psnr
 from autofr.mix import executed
-from autofr.policy import Fid, Interval, Measured, Policy, TextAlignment
+from autofr.policy import Fid, Measured, Policy, TextAlignment
 from autofr.runtime.points import Pipe, device_of, dtype_of
 from autofr.runtime.sampler import Samples, apply, draw, remove, reuse
 from autofr.runtime.start import Starts
-from autofr.search.evaluate import Candidate, draw_all, interval, latent_errors
+from autofr.search.evaluate import Candidate, draw_all, latent_errors
 from autofr.search.folder import Settings
 from autofr.search.ledger import Record
 
 ROUGHLY = 1.25  # finalists have at most this many times the least error, on the few trial seeds
 ATTEMPTS = 5
-PATIENCE = 60.0  # seconds of measuring after which a policy that keeps the budget is not replanned
+REPLANS = 2  # times that a policy which keeps the budget is replanned to give time back
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this
-MEASURING = 180.0  # seconds that all measuring together should take
-SPARE = 1.03  # a policy that is faster than asked by more than this gives time back
+PAIRS = 90  # of calls that all measuring together should take, whatever a call takes
+LEAST_PAIRS = 12  # that every policy may have
+SPARE = 1.02  # a policy that is faster than asked by more than this gives time back
 
 
 Choice = tuple[Record, Candidate]
@@ -69,6 +70,7 @@ def time_policy(
     batch: int,
     on_pair: Callable[[int, float], None] | None = None,
     half_width: float = HALF_WIDTH,
+    max_pairs: int = 60,
     max_seconds: float = 120.0,
 ) -> Paired:
     """Time the teacher's whole call against the policy's, in interleaved pairs."""
@@ -87,6 +89,7 @@ def time_policy(
             before=before,
             on_pair=on_pair,
             half_width=half_width,
+            max_pairs=max_pairs,
             max_seconds=max_seconds,
         )
     finally:
@@ -104,44 +107,50 @@ def within_budget(
 
     Where one misses, or keeps it with time to spare, policies at other times on the front are
     tried: `again(record, seconds)` plans anew, or gives None where there is no front. Of those that
-    keep the budget the one of least error is taken.
+    keep the budget the one of least error is taken. Effort is counted in calls, so that a slow
+    device comes as near to the budget as a fast one.
     Raises: BudgetError when none keeps it; says what was measured.
     """
-    closest, began = 0.0, time.monotonic()
+    closest, pairs = 0.0, 0
     for first in ranked:
         choice: Choice | None = first
         best: Verdict | None = None
-        missed = math.inf  # seconds of the fastest plan that missed
+        missed = math.inf  # predicted seconds of the fastest plan that missed
+        kept = 0.0  # and of the slowest that kept the budget
+        replans = 0
         for _ in range(ATTEMPTS):
             if choice is None:
                 break
             record, found = choice
-            left = MEASURING - (time.monotonic() - began)
             timing = time_policy(
                 pipe,
                 found.policy,
                 settings.steps,
                 settings.batch,
                 on_pair,
-                max_seconds=min(MEASURING / 2, max(30.0, left)),
+                max_pairs=min(PAIRS // 2, max(LEAST_PAIRS, PAIRS - pairs)),
+                max_seconds=math.inf,
             )
+            pairs += timing.pairs
             asked = settings.budget.speedup_over(timing.first_seconds)
             spare = timing.ratio.low / asked
             closest = max(closest, timing.ratio.low)
-            if spare < 1 and best is not None:
-                break
-            if spare < 1:
+            if spare >= 1:
+                if best is None or record.value < best.record.value:
+                    best = Verdict(record, found, timing)
+                kept = max(kept, found.seconds)
+                seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
+            else:
                 missed = min(missed, found.seconds)
                 # A noisy moment widens the interval; the next one is expected to be narrow.
                 expected = max(timing.ratio.low, (1 - HALF_WIDTH) * timing.ratio.value)
                 seconds = found.seconds * min(0.995, expected / asked)
-            else:
-                if best is None or record.value < best.record.value:
-                    best = Verdict(record, found, timing)
-                seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
-                enough = spare < SPARE or seconds < found.seconds * 1.005
-                if enough or time.monotonic() - began > PATIENCE:
+            if best is not None:
+                if spare < 1:
+                    seconds = math.sqrt(kept * missed)
+                if 1 <= spare < SPARE or seconds < 1.005 * kept or replans == REPLANS:
                     break
+                replans += 1
             choice = again(record, seconds)
         if best is not None:
             return best
@@ -199,7 +208,7 @@ def test(
     found, kept_bytes = drawn_with(
         pipe, policy, seeds, batch, lambda done, _: on_progress(len(seeds) + done, total)
     )
-    error = interval(latent_errors(found.latents, teacher.latents))
+    error = confidence.of_mean(latent_errors(found.latents, teacher.latents))
     if error.value > 1:
         raise MeasurementError(
             f"the policy's latents differ from the teacher's by {100 * error.value:.0f} % on the"
@@ -233,12 +242,11 @@ def test(
 
 def _fid(features: Features, teacher: Samples, found: Samples) -> Fid:
     theirs, ours = features(teacher.images), features(found.images)
-    value, low, high = fid_difference(features, theirs, ours)
     return Fid(
         features=features.name,
         teacher=features.fid(theirs),
         policy=features.fid(ours),
-        difference=Interval(value=value, low=low, high=high),
+        difference=fid_difference(features, theirs, ours),
     )
 
 
@@ -252,5 +260,5 @@ def _aligned(
         towers=alignment.name,
         teacher=float(theirs.mean()),
         policy=float(ours.mean()),
-        difference=interval(ours - theirs),
+        difference=confidence.of_mean(ours - theirs),
     )
