@@ -812,11 +812,17 @@ def test_workers_find_what_one_process_finds(
     It takes turns with the other workers of its machine.
     """
     monkeypatch.setenv("TMPDIR", str(turns := tmp_path_factory.mktemp("turns")))
-    monkeypatch.setattr(SharedLedger, "take", lambda *_: False)  # the driver leaves all to others
     share = Share(postgres.url, None, asked(model).model_dump(mode="json"), (1, 30))
     run = Search(*made(model), tmp_path, on_progress=stop_at("table"), share=share)
     monkeypatch.setenv("AUTOFR_STORAGE", postgres.url)
     with process(WORKER) as worker:
+
+        def leave(*_: Any) -> bool:
+            """The driver leaves all to others, as long as there are any."""
+            assert worker.poll() in (None, 0), heard(worker)
+            return False
+
+        monkeypatch.setattr(SharedLedger, "take", leave)
         assert found(run) == pytest.approx(alone)
         assert re.fullmatch("[1-5] trials scored", heard(worker)) and worker.wait(ANSWER) == 0
     assert f"{socket.gethostname()}-{worker.pid}" in (tmp_path / "trials.csv").read_text()
