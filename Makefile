@@ -1,5 +1,6 @@
 # make search               find a policy for a bundled model (MODEL, BUDGET, ARGS)
 # make test                 the quick tests
+# make slow                 the others that need neither a GPU nor the network
 # make check                everything a change must pass
 # make schema               write docs/policy.schema.json anew
 # make format               rewrite the code in the house format
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: search install test check schema format
+.PHONY: search install test slow check schema format
 
 search: $(STAMP)
 	$(BIN)/autofr search --model $(MODEL) --budget $(BUDGET) $(ARGS)
@@ -30,8 +31,13 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # One thread per process: two test processes with a thread pool each only disturb one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+slow: $(STAMP)
+	$(PYTEST) -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,6 +14,26 @@ import torch
 from postgres import postgres, server  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
+
+
+ONCE = {"cli", "docs_commands", "export", "faults", "job", "report", "search", "workers"}
+"""Files whose tests share what takes seconds to make: one process runs all of such a file."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal the tests out one by one, but the files of `ONCE` whole, and these first.
+
+    `--dist loadgroup` and its marks would do, but pytest-xdist 3.8 loses them under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem.removeprefix("test_") in ONCE else nodeid
+
+    return Scheduling(config, log)
 
 
 def tiny_unet(channels: int = 3, beside: int = 0) -> diffusers.UNet2DModel:

@@ -209,7 +209,7 @@ def test_guidance_branches_share_the_graphs() -> None:
     ("name", "full", "first"),
     [
         ("dit", True, "other"),
-        ("flux", True, "policy"),
+        pytest.param("flux", True, "policy", marks=pytest.mark.slow),
         pytest.param("dit", False, "policy", marks=pytest.mark.slow),
         pytest.param("flux", False, "other", marks=pytest.mark.slow),
     ],

@@ -159,6 +159,7 @@ def exhaust(one: Proposal) -> None:
         taken.append(torch.zeros(2**20))
 
 
+@pytest.mark.slow
 def test_workers_and_drivers_that_die(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:
     """kill -9 of a worker and of the driver, a worker without memory, a second driver."""
     url = postgres.url
@@ -237,6 +238,7 @@ def test_a_database_that_goes_away(crowd: Crowd, postgres: Postgres, tell: Tell)
     tell("kill -9 of PostgreSQL", "in the middle of two trials; started again", line, kept)
 
 
+@pytest.mark.slow
 def test_a_database_that_stays_away(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:
     """Waiting has an end, with one line; the same command goes on when it is back."""
     driver = crowd.driver(postgres.url, hold=True, patience=1.0)
@@ -256,6 +258,7 @@ def test_a_database_that_stays_away(crowd: Crowd, postgres: Postgres, tell: Tell
     tell("kill -9 of PostgreSQL", "not started again until the patience ends", line, kept)
 
 
+@pytest.mark.slow
 def test_workers_that_are_paused_or_cut_off(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:
     """Longer than the grace period: others get their trials, and they go on with other ones."""
     way = Way(postgres.port)
@@ -335,6 +338,7 @@ def test_a_connection_lost_at_any_statement(postgres: Postgres, statement: int) 
         assert len(Queue("one", storage).get_trials()) == 1 and len(seen) > statement
 
 
+@pytest.mark.slow
 def test_packets_that_are_lost(crowd: Crowd, postgres: Postgres, tell: Tell) -> None:
     """Nothing passes, then all connections are reset: driver and worker go on over new ones."""
     way = Way(postgres.port)
@@ -357,6 +361,7 @@ def test_packets_that_are_lost(crowd: Crowd, postgres: Postgres, tell: Tell) -> 
     tell("dropped packets", done, (lines or ["(nothing: they connect again)"])[0], kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tables", "log"])
 def test_a_database_whose_disk_is_full(what: str, crowd: Crowd, tell: Tell) -> None:
     """Whoever has a result waits and says so; with space, and the server again, all go on."""

@@ -92,15 +92,20 @@ def test_what_keeps_too_much_is_refused_with_its_size():
 KEEPS = [Keep(), Keep(dtype="float16"), Keep(dtype="bfloat16"), Keep(host=True)]
 
 
+@pytest.fixture(scope="module")
+def profiled():
+    """What is measured of the tiny pipe."""
+    return profiling.profile(make_pipe(), {}, steps=N, batch=BATCH, seeds=[0, 1])
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("name", ["frdiff", "branches", "cut0", "cut6"])
-def test_the_prediction_is_what_a_run_keeps(pipe, name, keep):
+def test_the_prediction_is_what_a_run_keeps(pipe, profiled, name, keep):
     """Bytes predicted from a profile are the peak of a real run of that policy, on the device.
 
     Here the device is the host, so that storing there saves nothing.
     """
     masks = candidate_masks(discover(pipe.unet))
-    found = profiling.profile(pipe, {}, steps=N, batch=BATCH, seeds=[0, 1])
     steps = (KEY, name, JUMP, KEY, name, name)
     policy = sampler.compose(
         pipe, "tiny", steps, masks, Constant(), replaces=N, latent_shape=(3, 8, 8), keep=keep
@@ -108,12 +113,11 @@ def test_the_prediction_is_what_a_run_keeps(pipe, name, keep):
     with sampler.reuse(pipe, policy) as patch:
         sampler.draw(pipe, range(BATCH), N)
         assert patch.run.kept_bytes == 0
-    assert patch.run.peak_bytes == found.memory(keep).of(steps, masks, Constant())
+    assert patch.run.peak_bytes == profiled.memory(keep).of(steps, masks, Constant())
 
 
-def test_a_keyframe_that_mixes_keeps_no_more(pipe):
+def test_a_keyframe_that_mixes_keeps_no_more(pipe, profiled):
     """It mixes with scores that are kept anyway: one more only where its row is the longest."""
-    found = profiling.profile(pipe, {}, steps=N, batch=BATCH, seeds=[0, 1])
     steps = (KEY, KEY, JUMP, JUMP, KEY, KEY)
     rows = [(), (), (0.0, 1.0, 0.5), (0.0, 1.0, 0.5), (), ()]
     kept = []
@@ -122,8 +126,8 @@ def test_a_keyframe_that_mixes_keeps_no_more(pipe):
         policy = sampler.compose(pipe, "tiny", steps, {}, mix, replaces=N, latent_shape=(3, 8, 8))
         with sampler.reuse(pipe, policy) as patch:
             sampler.draw(pipe, range(BATCH), N)
-        assert patch.run.peak_bytes == found.memory().of(steps, {}, mix)
-        kept.append(patch.run.peak_bytes // found.score_bytes)
+        assert patch.run.peak_bytes == profiled.memory().of(steps, {}, mix)
+        kept.append(patch.run.peak_bytes // profiled.score_bytes)
     assert kept == [2, 2, 3]
 
 

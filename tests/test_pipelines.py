@@ -844,7 +844,7 @@ def test_a_shorter_policy_is_measured_in_its_own_calls(pipe_of: Load) -> None:
     assert measured.speedup.value > 1.2 and measured.trajectory_error.value > 0
 
 
-@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+@pytest.mark.parametrize("kind", [pytest.param("img2img", marks=pytest.mark.slow), "inpaint"])
 def test_a_search_finds_a_policy_for_a_part(
     pipe_of: Load, tmp_path: Path, monkeypatch: Any, kind: str
 ) -> None:
@@ -1210,7 +1210,7 @@ def test_pictures_are_read_beside_the_file(loaded: Load, tmp_path: Path) -> None
 # -- whole jobs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "dit"])
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "dit"])
 def test_a_search_finds_a_policy_under_guidance(
     folder: Callable[[str], Path], task_of: Load, tmp_path: Path, monkeypatch: Any, name: str
 ) -> None:

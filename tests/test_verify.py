@@ -187,9 +187,9 @@ def test_after_a_miss_the_time_between_is_tried(monkeypatch: pytest.MonkeyPatch)
 def test_a_slow_device_gets_as_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Effort is counted in pairs of calls, and every policy is measured by some."""
     bench = Bench(monkeypatch, [1.2, 1.3, 1.4, 1.45, 1.5])
-    bench.pairs = 30
+    bench.pairs = 20
     assert bench.choose(RANKED, "1.5x", bench.again).timing.ratio.low == 1.5
-    assert [given["max_pairs"] for given in bench.given] == [45, 45, 30, 12, 12]
+    assert [given["max_pairs"] for given in bench.given] == [30, 30, 20, 12, 12]
     assert all(given["max_seconds"] == math.inf for given in bench.given)
 
 

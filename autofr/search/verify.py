@@ -28,7 +28,7 @@ ROUGHLY = 1.25  # finalists have at most this many times the least error, on the
 ATTEMPTS = 5
 REPLANS = 2  # times that a policy which keeps the budget is replanned to give time back
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this
-PAIRS = 90  # of calls that all measuring together should take, whatever a call takes
+PAIRS = 60  # of calls that all measuring together should take, whatever a call takes
 LEAST_PAIRS = 12  # that every policy may have
 SPARE = 1.02  # a policy that is faster than asked by more than this gives time back
 
