@@ -169,19 +169,17 @@ def test_time_to_spare_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_kept_the_budget_is_not_lost_to_a_slower_one_that_misses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the replanned policies miss, the one that kept the budget is taken."""
-    bench = Bench(monkeypatch, [1.6, 1.45, 1.48])
+    """Where the replanned policy misses, the one that kept the budget is taken."""
+    bench = Bench(monkeypatch, [1.6, 1.45])
     verdict = bench.choose(RANKED, "1.5x", bench.again)
-    assert verdict.found.name == "first" and bench.timed == 1 + verify.REPLANS
+    assert verdict.found.name == "first" and bench.timed == 2
 
 
-def test_after_a_miss_the_time_between_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was given back too generously is given back in part."""
-    bench = Bench(monkeypatch, [1.6, 1.45, 1.53])
-    verdict = bench.choose(RANKED, "1.5x", bench.again)
-    (_, generous), (_, between) = bench.asked
-    assert 0.66 < between < generous
-    assert verdict.found.name == "tighter 2" and verdict.timing.ratio.low == 1.53
+def test_time_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replanned policy with time to spare is not replanned again: that takes minutes."""
+    bench = Bench(monkeypatch, [1.7, 1.6])
+    bench.choose(RANKED, "1.5x", bench.again)
+    assert bench.timed == 2
 
 
 def test_a_slow_device_gets_as_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:

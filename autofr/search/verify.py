@@ -26,7 +26,6 @@ from autofr.search.ledger import Record
 
 ROUGHLY = 1.25  # finalists have at most this many times the least error, on the few trial seeds
 ATTEMPTS = 5
-REPLANS = 2  # times that a policy which keeps the budget is replanned to give time back
 HALF_WIDTH = 0.03  # the interval of a speed-up is measured until it is no wider than this
 PAIRS = 60  # of calls that all measuring together should take, whatever a call takes
 LEAST_PAIRS = 12  # that every policy may have
@@ -116,8 +115,7 @@ def within_budget(
         choice: Choice | None = first
         best: Verdict | None = None
         missed = math.inf  # predicted seconds of the fastest plan that missed
-        kept = 0.0  # and of the slowest that kept the budget
-        replans = 0
+        replanned = enough = False  # one that kept the budget, to give time back
         for _ in range(ATTEMPTS):
             if choice is None:
                 break
@@ -138,19 +136,16 @@ def within_budget(
             if spare >= 1:
                 if best is None or record.value < best.record.value:
                     best = Verdict(record, found, timing)
-                kept = max(kept, found.seconds)
                 seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
+                enough = spare < SPARE or seconds < found.seconds * 1.005
             else:
                 missed = min(missed, found.seconds)
                 # A noisy moment widens the interval; the next one is expected to be narrow.
                 expected = max(timing.ratio.low, (1 - HALF_WIDTH) * timing.ratio.value)
                 seconds = found.seconds * min(0.995, expected / asked)
-            if best is not None:
-                if spare < 1:
-                    seconds = math.sqrt(kept * missed)
-                if 1 <= spare < SPARE or seconds < 1.005 * kept or replans == REPLANS:
-                    break
-                replans += 1
+            if best is not None and (replanned or enough):
+                break
+            replanned = best is not None
             choice = again(record, seconds)
         if best is not None:
             return best
