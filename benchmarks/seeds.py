@@ -1,6 +1,6 @@
 """How far does a run's table depend on its seeds? Policies and their rivals on many others.
 
-    python benchmarks/seeds.py --count 400 results/dit-1.5x results/dit-2x
+    python benchmarks/seeds.py --count 200 results/dit-1.5x results/dit-2x
 
 Rivals are those of the run's table: of each kind the nearest row that is at most 3 % slower.
 """
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import load, write
+from protocol import write
 
+from autofr.loading import load
 from autofr.measure import confidence, profile_file
 from autofr.measure.quality import trimmed_mean
 from autofr.plan.baselines import fewer_steps, published
@@ -30,7 +31,7 @@ def policies_of(pipe: Any, run: Path, result: Result) -> dict[str, Policy]:
     """The choice of a run and its rivals, by name; the choice comes first."""
     profile = profile_file.load(run / profile_file.FILE)
     own, costs, n = result.policy, profile.costs, result.steps
-    names = {row.name for row in rivals(result.rows)}
+    names = [row.name for row in rivals(result.rows)]
     drafts = {one.name: one for one in published(profile.masks, costs, n, costs.teacher(n) / 2)}
     drafts |= {one.name: one for one in map(fewer_steps, range(1, n))}
     found = {"policy": own}
@@ -76,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     results = {run: load_result(run) for run in args.runs}
     first = results[args.runs[0]]
-    pipe = load(first.model, args.threads)
+    pipe = load(first.model, threads=args.threads).pipe
     seeds = range(args.first, args.first + args.count)
 
     def latents(steps: int) -> torch.Tensor:
