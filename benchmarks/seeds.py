@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from protocol import write
+from scipy.stats import gmean
 
 from autofr.loading import load
 from autofr.measure import confidence, profile_file
@@ -21,10 +21,11 @@ from autofr.measure.quality import trimmed_mean
 from autofr.plan.baselines import fewer_steps, published
 from autofr.policy import Interval, Policy
 from autofr.report.report import load_result
-from autofr.runtime.sampler import batches, compose, draw, reuse
+from autofr.runtime.sampler import compose, draw
 from autofr.search.compare import rivals
-from autofr.search.evaluate import latent_errors
+from autofr.search.evaluate import draw_all, latent_errors
 from autofr.search.result import Result
+from autofr.search.verify import drawn_with
 
 
 def policies_of(pipe: Any, run: Path, result: Result) -> dict[str, Policy]:
@@ -53,13 +54,12 @@ def multiples(errors: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     """Errors (n,), and how many times those of the policy on the same seeds they are."""
     mean, times = confidence.of_mean(errors), confidence.of_times(errors, base)
     typical = trimmed_mean(errors) / trimmed_mean(base)
-    geometric = np.exp(np.log(errors / base).mean())
     return {
         "error": f"{mean.value:.4f} ({mean.low:.4f} to {mean.high:.4f})",
         "median": f"{np.median(errors):.4f}",
         "times the policy's": _text(times),
         "without the largest eighth": f"{typical:.1f}",
-        "geometric mean": f"{geometric:.1f}",
+        "geometric mean": f"{gmean(errors / base):.1f}",
     }
 
 
@@ -80,17 +80,16 @@ def main() -> None:
     pipe = load(first.model, threads=args.threads).pipe
     seeds = range(args.first, args.first + args.count)
 
-    def latents(steps: int) -> torch.Tensor:
-        parts = [draw(pipe, some, steps).latents for some in batches(seeds, first.batch)]
-        return torch.cat(parts)
+    def quiet(done: int, total: int) -> None:
+        """Rows are told, not batches."""
 
-    teacher, rows = latents(first.steps), []
+    teacher = draw_all(lambda some: draw(pipe, some, first.steps), seeds, first.batch)
+    rows = []
     for run, result in results.items():
         base = None
         for name, policy in policies_of(pipe, run, result).items():
-            with reuse(pipe, policy):
-                found = latents(policy.sampler.num_inference_steps)
-            errors = latent_errors(found, teacher)
+            found, _ = drawn_with(pipe, policy, seeds, first.batch, quiet)
+            errors = latent_errors(found.latents, teacher.latents)
             base = errors if base is None else base
             rows.append({"run": run.name, "schedule": name, **multiples(errors, base)})
             print(rows[-1], flush=True)

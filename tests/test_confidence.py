@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from autofr.measure import confidence
 from autofr.policy import Interval
 
+laws = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 some = st.lists(st.floats(-100, 100), min_size=1, max_size=20).map(np.array)
 
 
 @pytest.mark.parametrize("statistic", [confidence.of_mean, confidence.of_median])
-@settings(deadline=None, max_examples=30)
+@laws
 @given(values=some)
 def test_a_value_lies_in_its_interval(statistic, values):
     """low ≤ value ≤ high, all among the values, and the same ones again."""

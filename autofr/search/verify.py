@@ -115,7 +115,6 @@ def within_budget(
         choice: Choice | None = first
         best: Verdict | None = None
         missed = math.inf  # predicted seconds of the fastest plan that missed
-        replanned = enough = False  # one that kept the budget, to give time back
         for _ in range(ATTEMPTS):
             if choice is None:
                 break
@@ -130,6 +129,7 @@ def within_budget(
                 max_seconds=math.inf,
             )
             pairs += timing.pairs
+            replanned = best is not None  # to give time back
             asked = settings.budget.speedup_over(timing.first_seconds)
             spare = timing.ratio.low / asked
             closest = max(closest, timing.ratio.low)
@@ -137,15 +137,13 @@ def within_budget(
                 if best is None or record.value < best.record.value:
                     best = Verdict(record, found, timing)
                 seconds = min(found.seconds * spare * 0.995, 0.99 * missed)
-                enough = spare < SPARE or seconds < found.seconds * 1.005
             else:
                 missed = min(missed, found.seconds)
                 # A noisy moment widens the interval; the next one is expected to be narrow.
                 expected = max(timing.ratio.low, (1 - HALF_WIDTH) * timing.ratio.value)
                 seconds = found.seconds * min(0.995, expected / asked)
-            if best is not None and (replanned or enough):
+            if best is not None and (replanned or spare < SPARE or seconds < found.seconds * 1.005):
                 break
-            replanned = best is not None
             choice = again(record, seconds)
         if best is not None:
             return best
